@@ -1,0 +1,99 @@
+"""Time and peak memory of a call, and a table of them. Benchmarks assert nothing.
+
+Peak memory is the growth of the resident set over the call, read by a sampling thread (CPU), or the allocator's own
+peak (CUDA). Quote no figure without the header that :func:`report` prints.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import psutil
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds and peak memory in MB (10^6 bytes) on top of what was allocated before the call."""
+
+    name: str
+    seconds: float
+    peak_mb: float
+
+
+class _PeakRSS(threading.Thread):
+    """Samples the resident set every half millisecond until stopped."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._process = psutil.Process()
+        self._done = threading.Event()
+        self.start_bytes = self.peak_bytes = self._process.memory_info().rss
+
+    def run(self) -> None:
+        while not self._done.wait(0.0005):
+            self.peak_bytes = max(self.peak_bytes, self._process.memory_info().rss)
+
+    def stop(self) -> float:
+        self._done.set()
+        self.join()
+        return max(0, self.peak_bytes - self.start_bytes) / 1e6
+
+
+def measure(name: str, call: Callable[[], object], repeat: int = 5, device: str = "cpu") -> Timing:
+    """Run ``call`` once for memory, then ``repeat`` times for the median time."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    else:
+        sampler = _PeakRSS()
+        sampler.start()
+        call()
+        peak = sampler.stop()
+    seconds = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return Timing(name, median(seconds), peak)
+
+
+def conditions(device: str = "cpu") -> dict[str, str]:
+    """Commit, date, versions, device and threads: what a figure must be quoted with."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def report(title: str, rows: Sequence[Timing], json_file: str | None = None, device: str = "cpu") -> None:
+    """Print ``rows`` as a table under its conditions; with ``json_file`` also store them."""
+    header = conditions(device)
+    print(f"\n{title}   [{', '.join(f'{k} {v}' for k, v in header.items())}]")
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        print(f"  {row.name:<{width}}  {row.seconds * 1e3:10.1f} ms  {row.peak_mb:10.1f} MB")
+    if json_file is not None:
+        content = {"title": title, "conditions": header, "rows": [asdict(row) for row in rows]}
+        Path(json_file).write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""Losses for weakly supervised semantic segmentation, one file per paper."""

@@ -1,0 +1,1 @@
+"""Modules for weakly supervised semantic segmentation: tensors in, tensors out."""
