@@ -1,0 +1,1 @@
+"""IRNet: inter-pixel relations."""

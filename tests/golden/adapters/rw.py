@@ -1,0 +1,1 @@
+"""AffinityNet + random walk (PSA)."""
