@@ -47,7 +47,7 @@ class Measurement:
         split: name of the list of images, "seed" or "val".
         images: number of images measured.
         threshold: background threshold of a seed; None where there is none.
-        threshold_from: "fixed" (chosen without looking at ground truth), an oracle note, or "" if there is no threshold.
+        threshold_from: "fixed" (chosen without looking at ground truth), an oracle note, or "" without a threshold.
         miou: mean of ``iou`` over the classes that occur, percent.
         iou: class name (``"background"`` included) to IoU in percent; nan for a class in neither truth nor prediction.
         precision: likewise; nan for a class that was never predicted.
@@ -293,7 +293,7 @@ def measure_seeds(
         workers: threads; the result does not depend on their number.
 
     Returns:
-        The curve, the measurement at its best point (an oracle: it looks at the ground truth), the one at ``threshold``.
+        The curve, the measurement at its best point (an oracle, it looks at ground truth) and the one at ``threshold``.
 
     Raises:
         ValueError: no names or thresholds, an image without ground truth, a CAM of another size, with nan, or with keys
