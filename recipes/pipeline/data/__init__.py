@@ -38,8 +38,16 @@ def load_dataset(
         ValueError: Something is missing or malformed; nothing has been written by then.
     """
     kind, _, path = spec.partition(":")
-    options = {"classes": classes, "train_list": train_list, "val_list": val_list, "seed_list": seed_list}
     if kind == "voc" and path:
-        return load_voc(path, name=spec, labels=labels, out_of_distribution=out_of_distribution, **options)
+        return load_voc(
+            path,
+            name=spec,
+            classes=classes,
+            labels=labels,
+            train_list=train_list,
+            val_list=val_list,
+            seed_list=seed_list,
+            out_of_distribution=out_of_distribution,
+        )
     hint = f"; did you mean folder:{spec}?" if Path(spec).expanduser().exists() else ""
     raise ValueError(f"data: expected demo, voc:PATH, coco:PATH or folder:PATH, got {spec!r}{hint}")

@@ -2,7 +2,7 @@
 
     JPEGImages/NAME.jpg                       photographs
     Annotations/NAME.xml                      objects: the default source of tags and boxes
-    ImageSets/Segmentation/{train,val}.txt    lists; train_aug.txt or trainaug.txt and train_official.txt are read if there
+    ImageSets/Segmentation/{train,val}.txt    lists; also train_aug.txt, train_official.txt
     SegmentationClass/NAME.png                hand-made masks, palette or grey indices, 255 ignore
     SegmentationClassAug/NAME.png             masks of the augmented set (SBD)
     Saliency/NAME.png, OutOfDistribution/NAME.jpg, captions.json    optional, as in the built-in demo set
@@ -134,7 +134,7 @@ def load_voc(
         saliencies=listing(root / "Saliency", (".png",)),
         captions=_captions(root),
     )
-    listed = dict.fromkeys((*train, *val, *untagged))
+    images = dict.fromkeys((*train, *val, *untagged))
     return ImageSet(
         name=name,
         classes=names,
@@ -143,7 +143,7 @@ def load_voc(
         val=val,
         out_of_distribution=tuple(outside) or untagged,
         palette_index=(0, *keep),
-        files={**{image: photos[image] for image in listed}, **outside},
+        files={**{image: photos[image] for image in images}, **outside},
         tags=tags,
         annotations=annotations,
         notes=tuple(notes),
