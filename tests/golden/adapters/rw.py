@@ -1,1 +1,44 @@
-"""AffinityNet + random walk (PSA)."""
+"""AffinityNet + random walk (PSA): scores channels-last, single images without a batch axis, 0-based classes."""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+import wsss_modules as modules
+from tests.golden.case import Case, adapter
+
+
+@adapter("rw/cam_head")
+def cam_head(case: Case) -> dict[str, Tensor]:
+    classes, channels = case.params["param.fc8.weight"].shape[:2]
+    sqrt = bool(case.call["sqrt"])
+    mode = "conv_then_gap" if sqrt else "gap_then_conv"
+    head = modules.CAMHead(channels, classes, mode, sqrt, dropout=0.5).eval()
+    out = case.load(head, lambda name: name.replace("fc8", "classifier"))(case.leaf("in.features"))
+    loss = F.multilabel_soft_margin_loss(out.logits, case.inputs["in.label"])
+    return {"out.logits": out.logits, "out.cam": out.cam, "out.cls_loss": loss, **case.grads(loss)}
+
+
+@adapter("rw/multi_scale_cam")
+def multi_scale_cam(case: Case) -> dict[str, Tensor]:
+    maps = [case.inputs[f"in.cam_{i}"] for i in range(sum(key.startswith("in.cam_") for key in case.inputs))]
+    size = tuple(case.inputs["in.size"].tolist())
+    mirrored = [i % 2 == 1 for i in range(len(maps))]
+    labels = case.inputs["in.label"][None]
+    out = modules.multi_scale_cam(maps, labels, size, mirrored=mirrored, eps=case.call["eps"])
+    scores = {
+        key: modules.background_score(out.cam[None], float(key.removeprefix("out.scores_alpha")))[0]
+        for key in case.expected
+        if key.startswith("out.scores_alpha")
+    }
+    score_keys = torch.cat([torch.zeros(1, dtype=torch.int64), out.keys])
+    return {"out.cam": out.cam, "out.keys": out.keys - 1, "out.score_keys": score_keys, **scores}
+
+
+@adapter("rw/confident_label")
+def confident_label(case: Case) -> dict[str, Tensor]:
+    pooled = "in.scores_hw" not in case.inputs
+    scores = case.inputs["in.scores_pooled" if pooled else "in.scores_hw"]
+    low, high = rearrange(scores, "h w (two k) -> two 1 k h w", two=2)
+    return {"out.label": modules.confident_label(low, high, pool=1 if pooled else case.call["pool"])[0]}
