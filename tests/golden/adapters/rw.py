@@ -42,3 +42,20 @@ def confident_label(case: Case) -> dict[str, Tensor]:
     scores = case.inputs["in.scores_pooled" if pooled else "in.scores_hw"]
     low, high = rearrange(scores, "h w (two k) -> two 1 k h w", two=2)
     return {"out.label": modules.confident_label(low, high, pool=1 if pooled else case.call["pool"])[0]}
+
+
+@adapter("rw/dense_crf")
+def dense_crf(case: Case) -> dict[str, Tensor]:
+    call, cam = case.call, case.inputs["in.cam"][None]
+    scores = torch.cat([modules.background_score(cam, call["alpha"]), cam], 1)
+    parameters = modules.CRFParameters(
+        iterations=call["iters"],
+        gaussian_sxy=call["pos_sxy"],
+        gaussian_weight=call["pos_compat"],
+        bilateral_sxy=call["bi_sxy"],
+        bilateral_srgb=call["bi_srgb"],
+        bilateral_weight=call["bi_compat"],
+    )
+    image = rearrange(case.inputs["in.image"], "h w c -> 1 c h w")
+    unary = modules.unary_from_scores(scores, eps=call["clip"])
+    return {"out.scores": modules.dense_crf(image, unary, parameters)[0]}
