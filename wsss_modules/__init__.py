@@ -1,5 +1,14 @@
 """Modules for weakly supervised semantic segmentation: tensors in, tensors out."""
 
+from wsss_modules.boundary import (
+    BoundaryHead,
+    DisplacementHead,
+    EdgeDisplacement,
+    IRNHead,
+    IRNOutput,
+    MeanShift,
+    edge_displacement_inference,
+)
 from wsss_modules.cam import (
     CAMHead,
     CAMOutput,
@@ -25,22 +34,41 @@ from wsss_modules.dense_crf import (
     unary_from_mask,
     unary_from_scores,
 )
+from wsss_modules.instances import (
+    Instances,
+    cluster_centroids,
+    connected_components,
+    detect_instances,
+    find_centroids,
+)
 
 __all__ = [
     "DEEPLAB_CRF",
     "IRN_CRF",
     "PSA_CRF",
+    "BoundaryHead",
     "CAMHead",
     "CAMOutput",
     "CRFKernels",
     "CRFParameters",
     "DenseCRF",
+    "DisplacementHead",
+    "EdgeDisplacement",
+    "IRNHead",
+    "IRNOutput",
+    "Instances",
+    "MeanShift",
     "PermutohedralLattice",
     "PresentCAM",
     "background_score",
     "cam_to_mask",
+    "cluster_centroids",
+    "connected_components",
     "crf_kernels",
     "dense_crf",
+    "detect_instances",
+    "edge_displacement_inference",
+    "find_centroids",
     "mean_field",
     "merge_flip",
     "multi_scale_cam",
