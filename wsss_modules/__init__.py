@@ -41,6 +41,10 @@ from wsss_modules.instances import (
     detect_instances,
     find_centroids,
 )
+from wsss_modules.seeds import (
+    confident_label,
+    confident_label_from_cam,
+)
 
 __all__ = [
     "DEEPLAB_CRF",
@@ -63,6 +67,8 @@ __all__ = [
     "background_score",
     "cam_to_mask",
     "cluster_centroids",
+    "confident_label",
+    "confident_label_from_cam",
     "connected_components",
     "crf_kernels",
     "dense_crf",

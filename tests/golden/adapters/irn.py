@@ -1,11 +1,12 @@
 """IRNet: single images without a batch axis, 0-based classes, the released network's parameter names."""
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
 import wsss_modules as modules
-from tests.golden.case import Case, adapter
+from tests.golden.case import Agreement, Case, adapter
 
 
 @adapter("irn/cam_head")
@@ -66,3 +67,48 @@ def centroids(case: Case) -> dict[str, Tensor]:
     found = modules.find_centroids(displacement, case.call["iterations"])
     masks = modules.cluster_centroids(found, displacement, case.call["thres"])
     return {"out.centroids": found, "out.instance_map": masks}
+
+
+@adapter("irn/ir_label")
+def ir_label(case: Case) -> dict[str, object]:
+    call, setting = case.call, case.call["crf"]
+    parameters = modules.CRFParameters(
+        iterations=setting["iters"],
+        gaussian_sxy=setting["pos_sxy"],
+        gaussian_weight=setting["pos_compat"],
+        bilateral_sxy=setting["bi_sxy"],
+        bilateral_srgb=setting["bi_srgb"],
+        bilateral_weight=setting["bi_compat"],
+    )
+    cam, keys = case.inputs["in.cam"][None], case.inputs["in.keys"] + 1
+    image = rearrange(case.inputs["in.image"], "h w rgb -> 1 rgb h w")
+    gt_prob, fg, bg = setting["gt_prob"], call["conf_fg_thres"], call["conf_bg_thres"]
+    crf = modules.DenseCRF(parameters)
+    certain = modules.cam_to_mask(cam, fg)
+    refined = crf(image, modules.unary_from_mask(certain, cam.shape[1] + 1, gt_prob=gt_prob)).argmax(1)
+    return {
+        "out.fg_argmax": Agreement(certain[0], at_least=1.0),
+        "out.fg_argmax_after_crf": refined[0],
+        "out.label": modules.confident_label_from_cam(cam, image, fg, bg, crf=crf, keys=keys, gt_prob=gt_prob)[0],
+        "out.label_without_crf": modules.confident_label_from_cam(cam, None, fg, bg, keys=keys)[0],
+    }
+
+
+@adapter("irn/ins_seg_label")
+def ins_seg_label(case: Case) -> dict[str, object]:
+    call, cam, displacement = case.call, case.inputs["in.cam"], case.inputs["in.displacement"]
+    found = modules.find_centroids(displacement, call["iterations"])
+    masks = modules.cluster_centroids(found, displacement, call["thres"])
+    x = rearrange(cam[:, None] * masks, "k n h w -> 1 (k n) h w")
+    edge, steps = case.inputs["in.edge"][None], 2 ** call["exp_times"]
+    walked = modules.propagate_to_edge(x, edge, radius=call["radius"], beta=call["beta"], n_steps=steps)
+    scores = modules.walk_scores(walked, tuple(case.inputs["in.size"].tolist()))[0]
+    classes = repeat(case.inputs["in.keys"] + 1, "k -> (k n)", n=len(masks))
+    threshold, min_area = call["ins_seg_bg_thres"], call["min_area_fraction"]
+    out = modules.detect_instances(scores, classes, threshold=threshold, min_area=min_area)
+    return {
+        "out.instance_map": masks,
+        "out.mask": out.mask,
+        "out.class": out.classes - 1,
+        "out.score": out.score,
+    }
