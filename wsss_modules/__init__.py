@@ -1,5 +1,9 @@
 """Modules for weakly supervised semantic segmentation: tensors in, tensors out."""
 
+from wsss_modules.backbones import (
+    ResNet38,
+    ResNet38Features,
+)
 from wsss_modules.boundary import (
     BoundaryHead,
     DisplacementHead,
@@ -64,6 +68,8 @@ __all__ = [
     "MeanShift",
     "PermutohedralLattice",
     "PresentCAM",
+    "ResNet38",
+    "ResNet38Features",
     "background_score",
     "cam_to_mask",
     "cluster_centroids",

@@ -59,3 +59,9 @@ def dense_crf(case: Case) -> dict[str, Tensor]:
     image = rearrange(case.inputs["in.image"], "h w c -> 1 c h w")
     unary = modules.unary_from_scores(scores, eps=call["clip"])
     return {"out.scores": modules.dense_crf(image, unary, parameters)[0]}
+
+
+@adapter("rw/resnet38_backbone")
+def resnet38_backbone(case: Case) -> dict[str, Tensor]:
+    net = case.load(modules.ResNet38(case.call["width_divisor"])).eval()
+    return {f"out.{name}": value for name, value in net(case.inputs["in.x"])._asdict().items()}
