@@ -65,3 +65,28 @@ def dense_crf(case: Case) -> dict[str, Tensor]:
 def resnet38_backbone(case: Case) -> dict[str, Tensor]:
     net = case.load(modules.ResNet38(case.call["width_divisor"])).eval()
     return {f"out.{name}": value for name, value in net(case.inputs["in.x"])._asdict().items()}
+
+
+@adapter("rw/poly_sgd", "irn/poly_sgd")
+def poly_sgd(case: Case) -> dict[str, Tensor]:
+    from recipes.pipeline.training import poly_sgd  # the recipes need more than the library does
+
+    call, start = case.call, case.inputs["in.p0"]
+    rates, decays = (value if isinstance(value, list) else [value] for value in (call["lr"], call["weight_decay"]))
+    sizes = call.get("sizes", [len(start)])
+    values = [part.clone().requires_grad_() for part in start.split(sizes)]
+    groups = [
+        {"params": [value], "lr": rate, "weight_decay": decay}
+        for value, rate, decay in zip(values, rates, decays, strict=True)
+    ]
+    momentum, power = call["effective_momentum"], call.get("power", 0.9)
+    optimizer, scheduler = poly_sgd(groups, call["max_step"], momentum=momentum, power=power)
+    history, used = [], []
+    for grads in case.inputs["in.grads"]:
+        for value, grad in zip(values, grads.split(sizes), strict=True):
+            value.grad = grad.clone()
+        used.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+        history.append(torch.cat([value.detach() for value in values]))
+    return {"out.params": torch.stack(history), "out.lr": torch.tensor(used)}
