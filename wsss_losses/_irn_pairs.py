@@ -1,0 +1,205 @@
+"""Sums over all pixel pairs of IRN's losses, straight from maps: one offset at a time, nothing of size (B, P, n) kept.
+
+Axis letters: B batch, H W map size, P offsets, h w sources of a pair offset.
+
+A loss is a quotient of sums over the batch, so that these operations return sums and counts. Backward computes the
+pairs again. Each is one opaque operation for ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wsss_modules.affinity.offsets import Offset, affinity_offsets, path_offsets
+from wsss_modules.affinity.path_maxima import chunk_size, corner_box, path_maxima_grad, path_maxima_maps
+
+
+class _Groups(NamedTuple):
+    """Exclusive groups of the pairs at one offset, each (B, h, w) bool; see ``wsss_modules.affinity_labels``."""
+
+    bg_pos: Tensor
+    fg_pos: Tensor
+    neg: Tensor
+
+
+class _Boxes(NamedTuple):
+    """The sources at one offset and their partners, as (rows, columns) of a (B, ..., H, W) map."""
+
+    source: tuple[slice, slice]
+    destination: tuple[slice, slice]
+
+
+def hide_ignored(mask: Tensor, ignore_index: int, num_classes: int | None) -> Tensor:
+    """The mask as int32 with -1 where it says nothing."""
+    ignored = mask == ignore_index
+    if num_classes is not None:
+        ignored = ignored | (mask >= num_classes)
+    return torch.where(ignored, -1, mask.to(torch.int32))
+
+
+def _boxes(offset: Offset, size: tuple[int, int], radius: int, full: bool) -> _Boxes:
+    source, _ = corner_box(offset, size, radius, full)
+    dy, dx = offset
+    rows = slice(source[0].start + dy, source[0].stop + dy)
+    return _Boxes(source, (rows, slice(source[1].start + dx, source[1].stop + dx)))
+
+
+def _at(x: Tensor, box: tuple[slice, slice]) -> Tensor:
+    return x[..., box[0], box[1]]
+
+
+def _groups(mask: Tensor, boxes: _Boxes) -> _Groups:
+    """Groups from a mask with -1 for unknown."""
+    a, b = _at(mask, boxes.source), _at(mask, boxes.destination)
+    same = a == b
+    return _Groups(same & (a == 0), same & (a > 0), ~same & (a >= 0) & (b >= 0))
+
+
+def _chunks(batch: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, batch, step)]
+
+
+@torch.library.custom_op("wsss::irn_pair_counts", mutates_args=())
+def pair_counts(mask: Tensor, radius: int, full: bool) -> Tensor:
+    """Number of pairs in the groups bg_pos, fg_pos, neg: (3,) int64, from :func:`hide_ignored`'s mask (B, H, W)."""
+    counts = torch.zeros(3, dtype=torch.int64, device=mask.device)
+    for offset in affinity_offsets(radius):
+        groups = _groups(mask, _boxes(offset, (mask.shape[1], mask.shape[2]), radius, full))
+        counts += torch.stack([group.sum() for group in groups])
+    return counts
+
+
+@pair_counts.register_fake
+def _(mask: Tensor, radius: int, full: bool) -> Tensor:
+    return mask.new_empty(3, dtype=torch.int64)
+
+
+@torch.library.custom_op("wsss::irn_boundary_costs", mutates_args=())
+def boundary_costs(logits: Tensor, mask: Tensor, radius: int, full: bool, eps: float) -> Tensor:
+    """Sums of -log(a + eps) over bg_pos and fg_pos and of -log(1 - a + eps) over neg: (3,).
+
+    ``logits`` (B, H, W) are those of the boundary; ``a = 1 - sigmoid(max over the path)``. The maximum is taken before
+    the sigmoid, and ``a`` and ``1 - a`` are each a sigmoid of its own, so that a saturated logit keeps its gradient.
+    """
+    costs = logits.new_zeros(3)
+    size = (logits.shape[1], logits.shape[2])
+    offsets = path_offsets(radius).offsets
+    for chunk in _chunks(logits.shape[0], chunk_size(len(offsets), *size, logits.element_size())):
+        for offset, maxima in zip(offsets, path_maxima_maps(logits[chunk], radius), strict=True):
+            groups = _groups(mask[chunk], _boxes(offset, size, radius, full))
+            largest = _at(maxima, corner_box(offset, size, radius, full)[1])
+            cost = -torch.log(torch.sigmoid(torch.where(groups.neg, largest, -largest)) + eps)
+            costs += torch.stack([torch.where(group, cost, 0).sum() for group in groups])
+    return costs
+
+
+@boundary_costs.register_fake
+def _(logits: Tensor, mask: Tensor, radius: int, full: bool, eps: float) -> Tensor:
+    return logits.new_empty(3)
+
+
+@torch.library.custom_op("wsss::irn_boundary_costs_backward", mutates_args=())
+def boundary_costs_backward(grad: Tensor, logits: Tensor, mask: Tensor, radius: int, full: bool, eps: float) -> Tensor:
+    """Gradient of :func:`boundary_costs` with respect to ``logits``, from ``grad`` (3,)."""
+    result = torch.empty_like(logits)
+    size = (logits.shape[1], logits.shape[2])
+    offsets = path_offsets(radius).offsets
+    slopes = grad * grad.new_tensor([1, 1, -1])  # a larger logit costs more in bg_pos and fg_pos, less in neg
+    for chunk in _chunks(logits.shape[0], chunk_size(2 * len(offsets), *size, logits.element_size())):
+        maps = path_maxima_maps(logits[chunk], radius)
+        grads = [torch.zeros_like(maxima) for maxima in maps]
+        for offset, maxima, into in zip(offsets, maps, grads, strict=True):
+            groups = _groups(mask[chunk], _boxes(offset, size, radius, full))
+            corner = corner_box(offset, size, radius, full)[1]
+            largest = _at(maxima, corner)
+            wanted = torch.where(groups.neg, largest, -largest)
+            share = torch.sigmoid(wanted)
+            slope = share * torch.sigmoid(-wanted) / (share + eps)  # of -log(share + eps), by -wanted
+            _at(into, corner).copy_(slope * _select(groups, slopes))
+        result[chunk] = path_maxima_grad(logits[chunk], maps, grads, radius)
+    return result
+
+
+@boundary_costs_backward.register_fake
+def _(grad: Tensor, logits: Tensor, mask: Tensor, radius: int, full: bool, eps: float) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@torch.library.custom_op("wsss::irn_displacement_costs", mutates_args=())
+def displacement_costs(displacement: Tensor, mask: Tensor, radius: int, full: bool) -> Tensor:
+    """Sums of |delta| over bg_pos and of |delta - offset| over fg_pos, both components: (2,).
+
+    ``delta`` is the difference of ``displacement`` (B, 2, H, W) between source and destination.
+    """
+    costs = displacement.new_zeros(2)
+    for offset in affinity_offsets(radius):
+        boxes = _boxes(offset, (displacement.shape[2], displacement.shape[3]), radius, full)
+        groups = _groups(mask, boxes)
+        error = _displacement_error(displacement, offset, boxes, groups).abs_().sum(1)
+        costs += torch.stack([torch.where(group, error, 0).sum() for group in (groups.bg_pos, groups.fg_pos)])
+    return costs
+
+
+@displacement_costs.register_fake
+def _(displacement: Tensor, mask: Tensor, radius: int, full: bool) -> Tensor:
+    return displacement.new_empty(2)
+
+
+@torch.library.custom_op("wsss::irn_displacement_costs_backward", mutates_args=())
+def displacement_costs_backward(grad: Tensor, displacement: Tensor, mask: Tensor, radius: int, full: bool) -> Tensor:
+    """Gradient of :func:`displacement_costs` with respect to ``displacement``, from ``grad`` (2,)."""
+    result = torch.zeros_like(displacement)
+    slopes = torch.cat([grad, grad.new_zeros(1)])
+    for offset in affinity_offsets(radius):
+        boxes = _boxes(offset, (displacement.shape[2], displacement.shape[3]), radius, full)
+        groups = _groups(mask, boxes)
+        push = _displacement_error(displacement, offset, boxes, groups).sign_()
+        push.mul_(_select(groups, slopes)[:, None])
+        _at(result, boxes.source).add_(push)
+        _at(result, boxes.destination).sub_(push)
+    return result
+
+
+@displacement_costs_backward.register_fake
+def _(grad: Tensor, displacement: Tensor, mask: Tensor, radius: int, full: bool) -> Tensor:
+    return torch.empty_like(displacement)
+
+
+def _displacement_error(displacement: Tensor, offset: Offset, boxes: _Boxes, groups: _Groups) -> Tensor:
+    """Delta minus its target, the offset in fg_pos and 0 elsewhere: (B, 2, h, w)."""
+    target = displacement.new_tensor(offset).view(2, 1, 1)
+    delta = _at(displacement, boxes.source) - _at(displacement, boxes.destination)
+    return delta.sub_(torch.where(groups.fg_pos[:, None], target, 0))
+
+
+def _select(groups: _Groups, values: Tensor) -> Tensor:
+    """The value (of three) of each pair's group, 0 for pairs in none: (B, h, w)."""
+    rest = torch.where(groups.neg, values[2], 0)
+    return torch.where(groups.bg_pos, values[0], torch.where(groups.fg_pos, values[1], rest))
+
+
+def _setup_boundary(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    logits, mask, *ctx.options = inputs
+    ctx.save_for_backward(logits, mask)
+
+
+def _backward_boundary(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    return boundary_costs_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+boundary_costs.register_autograd(_backward_boundary, setup_context=_setup_boundary)
+
+
+def _setup_displacement(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    displacement, mask, *ctx.options = inputs
+    ctx.save_for_backward(displacement, mask)
+
+
+def _backward_displacement(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    return displacement_costs_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+displacement_costs.register_autograd(_backward_displacement, setup_context=_setup_displacement)

@@ -1,0 +1,235 @@
+"""AffinityNet's head: pixel features whose L1 distance is the affinity of a pair (PSA).
+
+Axis letters: B batch, C channels, P offsets in raster order, n sources, H W map size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from wsss_modules._checks import check_floating, check_ndim
+from wsss_modules.affinity.local import LocalAffinity
+from wsss_modules.affinity.offsets import Border, affinity_offsets, check_crop, inside, source_box
+
+
+def feature_affinity(
+    features: Tensor,
+    radius: int,
+    *,
+    distance: Literal["mean", "sum"] = "mean",
+    border: Border = "released",
+) -> Tensor:
+    """Affinity of each pair from the L1 distance of the features of its two pixels.
+
+    ``a_ij = exp(-mean_c |f_ic - f_jc|)``
+
+    Args:
+        features: (B, C, H, W) float.
+        radius: radius in pixels; released: 5.
+        distance: ``"mean"`` over channels (released) or ``"sum"`` (paper).
+        border: ``"released"``: the sources are the crop of :func:`pair_index`. ``"full"``: all H·W pixels are sources,
+            and pairs with a partner outside have affinity 0.
+
+    Returns:
+        (B, P, n) float in (0, 1], in the order of :func:`affinity_offsets`, in the dtype of ``features``.
+
+    Raises:
+        TypeError: if ``features`` is not floating point.
+        ValueError: if it does not have four axes, the map is too small for the released crop, or an option is unknown.
+
+    Paper:
+        Ahn and Kwak, "Learning Pixel-level Semantic Affinity with Image-level Supervision for Weakly Supervised
+        Semantic Segmentation", CVPR 2018, arXiv:1803.10464, eq. 1.
+
+    Differences:
+        The paper sums over channels, the released code averages.
+
+    Notes:
+        One offset at a time, with the signs computed again in backward: memory O(B·C·H·W), where a gather of all pairs
+        takes P times that. The distance is computed in float32 for half-precision features. The slope of ``|x|`` at 0
+        is 0. Works inside ``torch.compile(fullgraph=True)``.
+
+    Example:
+        >>> import torch
+        >>> from wsss_modules import feature_affinity
+        >>> features = torch.zeros(1, 4, 2, 3)
+        >>> features[..., 1:] = 1
+        >>> feature_affinity(features, radius=2)[0, :, 0].tolist()  # one source: row 0, column 1
+        [1.0, 0.3678794503211975, 1.0, 1.0]
+    """
+    check_ndim("features", features, 4, "(B, C, H, W)")
+    check_floating("features", features)
+    if distance not in ("mean", "sum"):
+        raise ValueError(f"distance: expected 'mean' or 'sum', got {distance!r}")
+    size = (features.shape[2], features.shape[3])
+    if border == "released":
+        check_crop(size, radius)
+    compute_dtype = torch.promote_types(features.dtype, torch.float32)
+    l1 = pair_l1_distance(features.to(compute_dtype), radius, border == "full")  # (B, P, n)
+    if distance == "mean":
+        l1 = l1 / features.shape[1]
+    affinity = torch.exp(-l1)
+    if border == "full":
+        affinity = torch.where(inside(affinity_offsets(radius), size, features.device).flatten(1), affinity, 0)
+    return affinity.to(features.dtype)
+
+
+class AffinityHead(nn.Module):
+    """Three feature maps of a backbone to the affinity of near pixels; see :func:`feature_affinity`.
+
+    Each map passes a 1x1 convolution without bias, optional group normalisation and ELU; their concatenation passes
+    another 1x1 convolution without bias and ELU, which gives the features that are compared.
+
+    Args:
+        in_channels: channels of the three inputs (ResNet-38: 512, 1024, 4096; VGG-16: 512, 512, 1024).
+        widths: channels of the three branches; their sum is the number of compared channels.
+        norm: ``"gn"`` for group normalisation (VGG-16) or ``None`` (ResNet-38).
+        groups: groups of the three normalisations, used with ``norm="gn"``.
+        radius: radius in pixels of the map.
+        distance: ``"mean"`` over channels (released) or ``"sum"`` (paper).
+        border: pairs of ``forward``: ``"released"`` crop or ``"full"`` coverage.
+
+    Paper:
+        Ahn and Kwak, CVPR 2018, arXiv:1803.10464, section 3.2.
+
+    Differences:
+        The paper's head is wider (128, 256, 512). The released one, with half of it, is the default.
+
+    Example:
+        >>> import torch
+        >>> from wsss_modules import AffinityHead
+        >>> head = AffinityHead((8, 12, 16), widths=(4, 8, 12))
+        >>> maps = [torch.randn(2, channels, 6, 11) for channels in (8, 12, 16)]
+        >>> head(*maps).shape  # (6 - 4)(11 - 8) sources
+        torch.Size([2, 34, 6])
+        >>> head.local_affinity(*maps).values.shape
+        torch.Size([2, 34, 6, 11])
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        *,
+        widths: Sequence[int] = (64, 128, 256),
+        norm: Literal["gn"] | None = None,
+        groups: Sequence[int] = (8, 16, 32),
+        radius: int = 5,
+        distance: Literal["mean", "sum"] = "mean",
+        border: Border = "released",
+    ) -> None:
+        super().__init__()
+        if not len(in_channels) == len(widths) == len(groups) == 3:
+            counts = (len(in_channels), len(widths), len(groups))
+            raise ValueError(f"in_channels, widths, groups: expected three numbers each, got {counts}")
+        if norm not in (None, "gn"):
+            raise ValueError(f"norm: expected 'gn' or None, got {norm!r}")
+        self.radius, self.distance, self.border = radius, distance, border
+        reduce = [
+            nn.Conv2d(channels, width, 1, bias=False) for channels, width in zip(in_channels, widths, strict=True)
+        ]
+        self.reduce = nn.ModuleList(reduce)
+        self.norm = nn.ModuleList(
+            nn.GroupNorm(n_groups, width) if norm == "gn" else nn.Identity()
+            for n_groups, width in zip(groups, widths, strict=True)
+        )
+        self.project = nn.Conv2d(sum(widths), sum(widths), 1, bias=False)
+        self.elu = nn.ELU()
+        for convolution in reduce:
+            nn.init.kaiming_normal_(convolution.weight)
+        nn.init.xavier_uniform_(self.project.weight, gain=4)
+
+    def features(self, conv4: Tensor, conv5: Tensor, conv6: Tensor) -> Tensor:
+        """The compared features (B, sum of widths, H, W), from three maps of the same height and width."""
+        branches = zip((conv4, conv5, conv6), self.reduce, self.norm, strict=True)
+        return self.elu(self.project(torch.cat([self.elu(norm(reduce(x))) for x, reduce, norm in branches], dim=1)))
+
+    def forward(self, conv4: Tensor, conv5: Tensor, conv6: Tensor) -> Tensor:
+        """Affinity in pair form (B, P, n), for the loss."""
+        features = self.features(conv4, conv5, conv6)
+        return feature_affinity(features, self.radius, distance=self.distance, border=self.border)
+
+    def local_affinity(self, conv4: Tensor, conv5: Tensor, conv6: Tensor) -> LocalAffinity:
+        """Affinity of the map, for the random walk; pairs that the crop of ``border`` leaves out have affinity 0."""
+        size = (conv4.shape[2], conv4.shape[3])
+        return LocalAffinity.from_pairs(self(conv4, conv5, conv6), self.radius, size, border=self.border)
+
+    def load_released_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load ``f8_3, f8_4, f8_5, f9`` (and ``gn8_3 ..``) of a released checkpoint; other keys are ignored."""
+        names = {"f9.weight": "project.weight"}
+        for i in range(3):
+            names[f"f8_{3 + i}.weight"] = f"reduce.{i}.weight"
+            names[f"gn8_{3 + i}.weight"] = f"norm.{i}.weight"
+            names[f"gn8_{3 + i}.bias"] = f"norm.{i}.bias"
+        self.load_state_dict({names[key]: value for key, value in state_dict.items() if key in names})
+
+
+@torch.library.custom_op("wsss::pair_l1_distance", mutates_args=())
+def pair_l1_distance(features: Tensor, radius: int, full: bool) -> Tensor:
+    """Sum over channels of |f_source - f_destination|: (B, P, n); 0 where the partner is outside."""
+    batch, _, height, width = features.shape
+    rows, columns = source_box((height, width), radius, "full" if full else "released")
+    offsets = affinity_offsets(radius)
+    result = features.new_zeros((batch, len(offsets), rows.stop - rows.start, columns.stop - columns.start))
+    for p, offset in enumerate(offsets):
+        source, destination = _boxes(offset, (height, width), rows, columns)
+        difference = features[:, :, source[0], source[1]] - features[:, :, destination[0], destination[1]]
+        top, left = source[0].start - rows.start, source[1].start - columns.start
+        into = result[:, p, top : top + difference.shape[2], left : left + difference.shape[3]]
+        torch.sum(difference.abs_(), dim=1, out=into)
+    return result.flatten(2)
+
+
+@pair_l1_distance.register_fake
+def _(features: Tensor, radius: int, full: bool) -> Tensor:
+    rows, columns = source_box((features.shape[2], features.shape[3]), radius, "full" if full else "released")
+    n_sources = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return features.new_empty((features.shape[0], len(affinity_offsets(radius)), n_sources))
+
+
+@torch.library.custom_op("wsss::pair_l1_distance_backward", mutates_args=())
+def pair_l1_distance_backward(grad: Tensor, features: Tensor, radius: int, full: bool) -> Tensor:
+    """Gradient of :func:`pair_l1_distance`; the signs are computed again."""
+    height, width = features.shape[2:]
+    rows, columns = source_box((height, width), radius, "full" if full else "released")
+    grad = grad.unflatten(2, (rows.stop - rows.start, columns.stop - columns.start))
+    result = torch.zeros_like(features)
+    for p, offset in enumerate(affinity_offsets(radius)):
+        source, destination = _boxes(offset, (height, width), rows, columns)
+        push = features[:, :, source[0], source[1]] - features[:, :, destination[0], destination[1]]
+        top, left = source[0].start - rows.start, source[1].start - columns.start
+        push.sign_().mul_(grad[:, p : p + 1, top : top + push.shape[2], left : left + push.shape[3]])
+        result[:, :, source[0], source[1]].add_(push)
+        result[:, :, destination[0], destination[1]].sub_(push)
+    return result
+
+
+@pair_l1_distance_backward.register_fake
+def _(grad: Tensor, features: Tensor, radius: int, full: bool) -> Tensor:
+    return torch.empty_like(features)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    features, ctx.radius, ctx.full = inputs
+    ctx.save_for_backward(features)
+
+
+def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    (features,) = ctx.saved_tensors
+    return pair_l1_distance_backward(grad, features, ctx.radius, ctx.full), None, None
+
+
+pair_l1_distance.register_autograd(_backward, setup_context=_setup)
+
+
+def _boxes(
+    offset: tuple[int, int], size: tuple[int, int], rows: slice, columns: slice
+) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Sources among ``rows``, ``columns`` whose partner is inside, and their partners."""
+    dy, dx = offset
+    top, left = rows.start, max(columns.start, -dx)
+    bottom, right = max(min(rows.stop, size[0] - dy), top), max(min(columns.stop, size[1] - dx), left)
+    return (slice(top, bottom), slice(left, right)), (slice(top + dy, bottom + dy), slice(left + dx, right + dx))
