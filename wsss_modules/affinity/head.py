@@ -157,14 +157,22 @@ class AffinityHead(nn.Module):
         size = (conv4.shape[2], conv4.shape[3])
         return LocalAffinity.from_pairs(self(conv4, conv5, conv6), self.radius, size, border=self.border)
 
-    def load_released_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load ``f8_3, f8_4, f8_5, f9`` (and ``gn8_3 ..``) of a released checkpoint; other keys are ignored."""
-        names = {"f9.weight": "project.weight"}
-        for i in range(3):
-            names[f"f8_{3 + i}.weight"] = f"reduce.{i}.weight"
-            names[f"gn8_{3 + i}.weight"] = f"norm.{i}.weight"
-            names[f"gn8_{3 + i}.bias"] = f"norm.{i}.bias"
-        self.load_state_dict({names[key]: value for key, value in state_dict.items() if key in names})
+    @staticmethod
+    def released_key(name: str) -> str | None:
+        """The key in our ``state_dict`` of a parameter of the released network; None for its backbone.
+
+        Args:
+            name: released name: ``f8_3.weight`` .. ``f8_5.weight``, ``f9.weight``, ``gn8_3.bias`` ...
+        """
+        module, _, leaf = name.partition(".")
+        places = {"f9": "project"} | {f"f8_{3 + i}": f"reduce.{i}" for i in range(3)}
+        places |= {f"gn8_{3 + i}": f"norm.{i}" for i in range(3)}
+        return f"{places[module]}.{leaf}" if module in places else None
+
+    def load_released_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load the head's weights from a released checkpoint; those of the backbone are left out."""
+        named = ((self.released_key(key.removeprefix("module.")), value) for key, value in state.items())
+        self.load_state_dict({key: value for key, value in named if key is not None})
 
 
 @torch.library.custom_op("wsss::pair_l1_distance", mutates_args=())

@@ -5,6 +5,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
+import wsss_losses as losses
 import wsss_modules as modules
 from tests.golden.case import Agreement, Case, adapter
 
@@ -112,3 +113,88 @@ def ins_seg_label(case: Case) -> dict[str, object]:
         "out.class": out.classes - 1,
         "out.score": out.score,
     }
+
+
+@adapter("irn/path_index")
+def path_index(case: Case) -> dict[str, Tensor]:
+    radius, (height, width) = case.call["radius"], case.call["default_size"]
+    offsets, paths = modules.path_offsets(radius)
+    source, destination = modules.pair_index(radius, (height, width), order="path")
+    values = {"out.search_dst": torch.tensor(offsets), "out.src_indices": source, "out.dst_indices": destination}
+    for i, length in enumerate(sorted({len(path) for path in paths})):
+        same_length = torch.tensor([path for path in paths if len(path) == length])  # (paths, length, 2)
+        values[f"out.search_paths_{i}"] = same_length
+        values[f"out.path_indices_{i}"] = source + (same_length @ torch.tensor([width, 1]))[..., None]
+    return values
+
+
+@adapter("irn/affinity_label")
+def affinity_label(case: Case) -> dict[str, Tensor]:
+    call = case.call
+    mask = case.inputs["in.label"][None]
+    labels = modules.affinity_labels(mask, call["radius"], order="path", num_classes=call["num_classes"])
+    return {f"out.{name}": label[0].float() for name, label in labels._asdict().items()}
+
+
+@adapter("irn/edge_to_affinity")
+def edge_to_affinity(case: Case) -> dict[str, Tensor]:
+    values = {"out.aff": modules.edge_to_affinity(case.leaf("in.edge"), case.call["radius"])}
+    return {**values, **case.grads(values)}
+
+
+@adapter("irn/pair_displacement")
+def pair_displacement(case: Case) -> dict[str, Tensor]:
+    delta, target = modules.pair_displacement(case.inputs["in.displacement"], case.call["radius"])
+    return {
+        "out.pair_disp": delta,
+        "out.disp_target": target,
+        "out.dp_fg": (delta - target).abs(),
+        "out.dp_bg": delta.abs(),
+    }
+
+
+@adapter("irn/irn_loss")
+def irn_loss(case: Case) -> dict[str, Tensor]:
+    logits, displacement = case.leaf("in.edge_logits"), case.leaf("in.displacement")
+    mask, options = case.inputs["in.label"], {"radius": case.call["radius"], "eps": case.call["eps"], "num_classes": 21}
+    terms = losses.inter_pixel_relation_loss(logits, displacement, mask, **options)
+    boundary = losses.boundary_affinity_loss(logits, mask, **options)
+    return {
+        "out.total_loss": terms.total,
+        "out.pos_aff_loss": terms.positive,
+        "out.neg_aff_loss": terms.negative,
+        "out.bg_pos_aff_loss": boundary.bg,
+        "out.fg_pos_aff_loss": boundary.fg,
+        "out.dp_fg_loss": terms.displacement_fg,
+        "out.dp_bg_loss": terms.displacement_bg,
+        **case.grads(terms.total),
+    }
+
+
+@adapter("irn/propagate_to_edge")
+def propagate_to_edge(case: Case) -> dict[str, Tensor]:
+    call, edge = case.call, case.inputs["in.edge"][None]
+    x = rearrange(case.inputs["in.x"], "... h w -> 1 (...) h w")
+    steps = 2 ** call["exp_times"]
+    walked = modules.propagate_to_edge(x, edge, radius=call["radius"], beta=call["beta"], n_steps=steps)
+    matrix = modules.EdgeToAffinity(call["radius"])(edge).dense()[0]
+    return {"out.rw": rearrange(walked, "1 c h w -> c 1 h w"), "out.aff_matrix": matrix}
+
+
+@adapter("irn/to_transition_matrix")
+def to_transition_matrix(case: Case) -> dict[str, Tensor]:
+    matrix = case.inputs["in.affinity"]
+    affinity = modules.LocalAffinity.from_dense(matrix[None], (1, len(matrix)))  # any matrix: pixels in one row
+    walk = modules.RandomWalk(beta=case.call["beta"], n_steps=2 ** case.call["times"])
+    ones = torch.eye(len(matrix), dtype=matrix.dtype).view(1, -1, 1, len(matrix))
+    return {"out.trans_mat": walk(ones, affinity)[0, :, 0]}
+
+
+@adapter("irn/sem_seg_label")
+def sem_seg_label(case: Case) -> dict[str, object]:
+    call, steps = case.call, 2 ** case.call["exp_times"]
+    cam, edge = case.inputs["in.cam"][None], case.inputs["in.edge"][None]
+    walked = modules.propagate_to_edge(cam, edge, radius=call["radius"], beta=call["beta"], n_steps=steps)
+    scores = modules.walk_scores(walked, tuple(case.inputs["in.size"].tolist()))
+    label = modules.cam_to_mask(scores, call["sem_seg_bg_thres"], keys=case.inputs["in.keys"] + 1)
+    return {"out.rw_up": scores[0], "out.label": Agreement(label[0], at_least=0.999)}

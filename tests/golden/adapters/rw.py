@@ -5,8 +5,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+import wsss_losses as losses
 import wsss_modules as modules
-from tests.golden.case import Case, adapter
+from tests.golden.case import Agreement, Case, adapter
 
 
 @adapter("rw/cam_head")
@@ -90,3 +91,72 @@ def poly_sgd(case: Case) -> dict[str, Tensor]:
         scheduler.step()
         history.append(torch.cat([value.detach() for value in values]))
     return {"out.params": torch.stack(history), "out.lr": torch.tensor(used)}
+
+
+@adapter("rw/pair_index")
+def pair_index(case: Case) -> dict[str, Tensor]:
+    source, destination = modules.pair_index(int(case.inputs["in.radius"]), tuple(case.inputs["in.size"].tolist()))
+    pairs = torch.stack([source.expand_as(destination), destination], -1).flatten(0, 1)
+    return {"out.ind_from": source, "out.ind_to": destination.flatten(), "out.pairs_from_to": pairs}
+
+
+@adapter("rw/affinity_label")
+def affinity_label(case: Case) -> dict[str, Tensor]:
+    mask = case.inputs["in.label"][None]
+    labels = modules.affinity_labels(mask, case.call["radius"], ignore_index=case.call["ignore"])
+    return {f"out.{name}": label[0].float() for name, label in labels._asdict().items()}
+
+
+@adapter("rw/affinity_head")
+def affinity_head(case: Case) -> dict[str, Tensor]:
+    call, names = case.call, ("conv4", "conv5", "conv6")
+    features = [case.leaf(f"in.{name}") for name in names]
+    head = modules.AffinityHead(
+        [x.shape[1] for x in features],
+        widths=[len(case.params[f"param.f8_{i}.weight"]) for i in (3, 4, 5)],
+        norm="gn" if call["groups"] else None,
+        groups=call["groups"] or (1, 1, 1),
+        radius=call["radius"],
+    )
+    head = case.load(head, modules.AffinityHead.released_key)
+    if call["to_dense"]:
+        return {"out.aff_matrix": head.local_affinity(*features).dense()[0]}
+    values = {"out.aff": head(*features)}
+    return {**values, **case.grads(values)}
+
+
+@adapter("rw/affinity_loss")
+def affinity_loss(case: Case) -> dict[str, Tensor]:
+    labels = modules.AffinityLabels(*(case.inputs[f"in.{name}"] for name in modules.AffinityLabels._fields))
+    terms = losses.affinity_loss(case.leaf("in.aff"), labels, eps=case.call["eps"])
+    values = {"out.loss": terms.total, "out.bg_loss": terms.bg, "out.fg_loss": terms.fg, "out.neg_loss": terms.neg}
+    return {**values, **case.grads(terms.total)}
+
+
+@adapter("rw/transition_matrix")
+def transition_matrix(case: Case) -> dict[str, Tensor]:
+    call, matrix = case.call, case.inputs["in.aff_matrix"]
+    size = (call["height"], call["width"])
+    walk = modules.RandomWalk(beta=call["beta"], n_steps=2 ** call["logt"])
+    affinity = modules.LocalAffinity.from_dense(matrix[None], size)
+    ones = torch.eye(len(matrix), dtype=matrix.dtype).view(1, -1, *size)  # row i of the power: a walk from pixel i
+    x = case.inputs["in.x"].view(1, -1, *size)
+    return {"out.rw": walk(x, affinity)[0].flatten(1), "out.trans_mat_power": walk(ones, affinity)[0].flatten(1)}
+
+
+@adapter("rw/rw_inference")
+def rw_inference(case: Case) -> dict[str, object]:
+    call, cam, keys = case.call, case.inputs["in.cam"][None], case.inputs["in.keys"]
+    size = (-(-cam.shape[2] // call["stride"]), -(-cam.shape[3] // call["stride"]))
+    scores = modules.propagate_cam(
+        cam,
+        modules.LocalAffinity.from_dense(case.inputs["in.aff_matrix"][None], size),
+        alpha=call["alpha"],
+        stride=call["stride"],
+        beta=call["beta"],
+        n_steps=2 ** call["logt"],
+    )
+    classes = torch.cat([torch.zeros(1, dtype=torch.int64), keys + 1])
+    all_classes = scores.new_zeros(call["num_classes"], *size).index_copy(0, classes, scores[0])
+    label = classes[modules.upsample_scores(scores, cam.shape[2:], stride=call["stride"])[0].argmax(0)]
+    return {"out.rw_stride8": all_classes, "out.label": Agreement(label, at_least=0.999)}
