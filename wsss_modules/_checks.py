@@ -15,9 +15,11 @@ def check_ndim(name: str, tensor: Tensor, ndim: int, shape: str) -> None:
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], reason: str) -> None:
     """Raise ``ValueError`` unless ``tensor`` has the ``expected`` shape (``None`` = any); ``reason`` completes it."""
-    same = tensor.ndim == len(expected) and all(e is None or e == s for e, s in zip(expected, tensor.shape, strict=True))
+    same = tensor.ndim == len(expected) and all(
+        e is None or e == s for e, s in zip(expected, tensor.shape, strict=True)
+    )
     if not same:
-        wanted = "(" + ", ".join("*" if e is None else str(e) for e in expected) + ")"
+        wanted = "(" + ", ".join("*" if e is None else str(e) for e in expected) + (",)" if len(expected) == 1 else ")")
         raise ValueError(f"{name}: expected shape {wanted} {reason}, got {tuple(tensor.shape)}")
 
 
