@@ -1,0 +1,1 @@
+"""Published systems as scripts, one file each; `python -m recipes` runs them."""

@@ -1,0 +1,73 @@
+"""Class activation maps of a trained classifier, over scales and mirror images, one ``cam/IMAGE.npz`` an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from recipes.pipeline.models import Classifier
+from recipes.pipeline.run import Run, save_arrays
+from recipes.pipeline.training import scaled_size
+from recipes.pipeline.views import image_tensor, view
+from wsss_modules import merge_flip, multi_scale_cam
+
+
+@dataclass(frozen=True)
+class CamConfig:
+    """How CAMs are read off the classifier."""
+
+    output_stride: int = 16
+    """Pixels per cell of the last map; finer than in training costs only time."""
+    long_side: int | None = None
+    """Longer side of the image at scale 1 in pixels; the image's own by default."""
+    scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)
+    """Sizes whose CAMs are added, each with its mirror image."""
+
+
+class Cam(NamedTuple):
+    """CAMs of the k present classes of one image, in [0, 1] with maximum 1."""
+
+    keys: np.ndarray
+    """(k,) class indices 1..K."""
+    cam: np.ndarray
+    """(k, H, W) float32 at the size of the image."""
+    coarse: np.ndarray
+    """(k, ceil(H / 4), ceil(W / 4)) float32."""
+
+
+def write_cams(run: Run, model: Classifier, names: Sequence[str], config: CamConfig) -> None:
+    """Write the CAMs of the tagged classes of each image as IRN does: summed over scales and mirrors, max-normalised."""
+    model.trunk = model.trunk.with_output_stride(config.output_stride)
+    device = run.fabric.device
+    model.to(device, memory_format=torch.channels_last).eval()
+
+    @torch.no_grad()
+    def work(name: str) -> None:
+        image = image_tensor(run.dataset.image(name)).to(device)
+        labels = torch.from_numpy(run.dataset.labels(name)).to(device)
+        height, width = image.shape[-2:]
+        base = 1.0 if config.long_side is None else config.long_side / max(height, width)
+        maps = []
+        for scale in config.scales:
+            size = scaled_size(height, width, base * scale)
+            plain, mirrored = model(view(image, size, model.trunk.mean, model.trunk.std)).cam
+            maps.append(merge_flip(plain, mirrored)[None])
+        merged = multi_scale_cam(maps, labels[None], (height, width), stride=4, round_to=16)
+        save_arrays(
+            run.path("cam", f"{name}.npz"),
+            keys=merged.keys.cpu().numpy(),
+            cam=merged.high_res.half().cpu().numpy(),
+            coarse=merged.cam.half().cpu().numpy(),
+        )
+
+    run.for_each(names, lambda name: run.path("cam", f"{name}.npz"), work)
+
+
+def read_cam(run: Run, name: str, folder: str = "cam") -> Cam:
+    """What :func:`write_cams` wrote."""
+    with np.load(run.path(folder, f"{name}.npz")) as stored:
+        return Cam(stored["keys"], stored["cam"].astype(np.float32), stored["coarse"].astype(np.float32))

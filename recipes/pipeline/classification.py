@@ -1,0 +1,62 @@
+"""The first stage of every system: a multi-label classifier trained on image tags alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recipes.pipeline.models import Classifier, build_trunk, freeze_stages
+from recipes.pipeline.run import Run
+from recipes.pipeline.training import RandomLongSide, Schedule, TaggedCrops, crop_transform, fit, two_speed_groups
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """The classifier and its training."""
+
+    backbone: str = "tf_efficientnet_lite0"
+    """timm name, NAME-irn for an undilated stride-16 ResNet, or resnet38."""
+    weights: str = "imagenet"
+    """imagenet, random or a file."""
+    output_stride: int = 32
+    """Pixels per cell of the last map while training."""
+    frozen_stages: int = 4
+    """Stem and stages that keep their pretrained weights."""
+    dropout: float = 0.0
+    """Channel dropout before the classifier."""
+    long_side: tuple[int, int] = (256, 400)
+    """Range of the longer side of the resized images in pixels."""
+    crop: int = 224
+    """Side of the training crops in pixels."""
+    jitter: bool = False
+    """Jitter brightness, contrast, saturation (0.3) and hue (0.1)."""
+    double_biases: bool = False
+    """Train biases at twice the rate, without weight decay."""
+    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=5, batch_size=16, lr=0.02, head_lr=0.2))
+    """Training schedule."""
+
+
+def multi_label_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Multi-label soft margin loss: the mean over classes and images of the logistic loss of each tag."""
+    return F.multilabel_soft_margin_loss(model(batch["image"]).logits, batch["labels"])
+
+
+def train_classifier(
+    run: Run, config: ClassifyConfig, loss_of: Callable[[nn.Module, dict[str, Tensor]], Any] = multi_label_loss
+) -> Classifier:
+    """Train a classifier on the tags of the training images with ``loss_of(model, batch)``."""
+    weights = "random" if run.config.max_steps is not None else config.weights
+    trunk = build_trunk(config.backbone, weights, config.output_stride)
+    freeze_stages(trunk.body, config.frozen_stages)
+    model = Classifier(trunk, len(run.dataset.classes), dropout=config.dropout)
+    resize = RandomLongSide(*config.long_side)
+    crops = TaggedCrops(
+        run.dataset, run.train, crop_transform(resize, config.crop, trunk.mean, trunk.std, jitter=config.jitter)
+    )
+    groups = two_speed_groups(model, [model.head], config.schedule, double_biases=config.double_biases)
+    fit(run, "classify", model, crops, loss_of, groups, config.schedule)
+    return model

@@ -1,0 +1,85 @@
+"""From maps to masks on disk, and what they measure against ground truth where there is any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recipes.pipeline.cams import read_cam
+from recipes.pipeline.evaluation import evaluate_masks, measure_seeds
+from recipes.pipeline.run import Run, load_mask, save_mask
+from recipes.pipeline.views import image_tensor
+from wsss_modules import IRN_CRF, cam_to_mask, dense_crf, unary_from_mask
+
+
+def write_masks(run: Run, names: Sequence[str], mask_of: Callable[[str], Tensor], folder: str = "mask") -> None:
+    """Write ``mask_of(name)`` (H, W), 0 background, 1..K or 255, as ``folder/IMAGE.png`` for each image."""
+
+    @torch.no_grad()
+    def work(name: str) -> None:
+        mask = mask_of(name).to(torch.uint8).cpu().numpy()
+        save_mask(run.path(folder, f"{name}.png"), mask, run.dataset.palette_index)
+
+    run.for_each(names, lambda name: run.path(folder, f"{name}.png"), work)
+
+
+def read_mask(run: Run, name: str, folder: str = "mask") -> np.ndarray:
+    """(H, W) uint8: 0 background, 1..K, 255 unsure."""
+    return load_mask(run.path(folder, f"{name}.png"), run.dataset.palette_index)
+
+
+def threshold_mask(run: Run, name: str, threshold: float, folder: str = "cam") -> Tensor:
+    """The CAM of an image as a mask: its strongest class where that exceeds ``threshold``."""
+    stored = read_cam(run, name, folder)
+    return cam_to_mask(torch.from_numpy(stored.cam)[None], threshold, keys=torch.from_numpy(stored.keys))[0]
+
+
+def crf_mask(run: Run, name: str, folder: str = "mask") -> Tensor:
+    """A mask refined by a dense CRF over the photograph, with IRN's settings: (H, W)."""
+    mask = torch.from_numpy(read_mask(run, name, folder)).long()
+    present, compact = mask.unique(return_inverse=True)
+    image = image_tensor(run.dataset.image(name))
+    refined = dense_crf(image[None], unary_from_mask(compact[None], len(present)), IRN_CRF)
+    return present[refined[0].argmax(0)]
+
+
+def measure_cams(run: Run, threshold: float, folder: str = "cam", what: str = "seed") -> None:
+    """Measure CAMs, as label maps, at a fixed threshold and along the curve of thresholds, on the seed and val lists."""
+
+    def cams(name: str) -> tuple[np.ndarray, np.ndarray]:
+        stored = read_cam(run, name, folder)
+        return stored.cam, stored.keys
+
+    for split, names in measured_lists(run, folder, ".npz").items():
+        sweep = measure_seeds(
+            cams, run.dataset, names, threshold=threshold, what=what, split=split, workers=run.config.workers
+        )
+        run.measured(sweep.fixed, sweep.best)
+
+
+def measure_masks(run: Run, folder: str = "mask", what: str = "mask") -> None:
+    """Measure the masks in ``folder`` on those of the seed and val lists that it holds."""
+    for split, names in measured_lists(run, folder, ".png").items():
+        run.measured(
+            evaluate_masks(
+                lambda name: read_mask(run, name, folder),
+                run.dataset,
+                names,
+                what=what,
+                split=split,
+                workers=run.config.workers,
+            )
+        )
+
+
+def measured_lists(run: Run, folder: str, suffix: str) -> dict[str, tuple[str, ...]]:
+    """Of the seed and val lists, the images that have ground truth; only lists that ``folder`` holds whole."""
+    lists = {}
+    for split, names in {"seed": run.seeds, "val": run.val}.items():
+        with_truth = tuple(name for name in names if run.dataset.annotations.mask_size(name) is not None)
+        if with_truth and all(run.path(folder, f"{name}{suffix}").exists() for name in with_truth):
+            lists[split] = with_truth
+    return lists

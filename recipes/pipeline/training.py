@@ -1,0 +1,324 @@
+"""The training loop of all stages, the poly schedule, and the crops it feeds on."""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+from recipes.pipeline.data import ImageSet
+from recipes.pipeline.run import Run, replacing
+
+IGNORE = 255
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a stage trains."""
+
+    epochs: int
+    """Passes over the training images."""
+    batch_size: int
+    """Images a step, over all devices."""
+    lr: float
+    """Learning rate of the pretrained layers."""
+    head_lr: float
+    """Learning rate of the new layers."""
+    weight_decay: float = 1e-4
+    """Weight decay."""
+    momentum: float = 0.9
+    """SGD momentum. PSA and IRN in effect use their weight decay here, see the recipes."""
+    power: float = 0.9
+    """Exponent of the poly schedule."""
+
+
+def poly_sgd(
+    groups: Sequence[dict[str, Any]], steps: int, *, momentum: float, power: float = 0.9
+) -> tuple[torch.optim.SGD, LambdaLR]:
+    """SGD whose learning rates follow lr * (1 - t / T)^power, set before step t; from T on they stay where they are.
+
+    Args:
+        groups: parameter groups with their own ``lr`` and ``weight_decay``.
+        steps: T.
+        momentum: the released PSA and IRN code pass the weight decay in momentum's place, so that their momentum is
+            5e-4 and 1e-4; their own ``momentum`` argument is only ``power``.
+        power: exponent.
+    """
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=momentum)
+    return optimizer, LambdaLR(optimizer, lambda t: (1 - min(t, steps - 1) / steps) ** power)
+
+
+def two_speed_groups(
+    model: nn.Module, heads: Sequence[nn.Module], schedule: Schedule, *, double_biases: bool = False
+) -> list[dict[str, Any]]:
+    """Parameter groups: pretrained layers at ``lr``, the modules in ``heads`` at ``head_lr``; frozen ones left out.
+
+    With ``double_biases`` (PSA), biases learn twice as fast and without weight decay.
+    """
+    new = {id(parameter) for head in heads for parameter in head.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_bias = double_biases and name.endswith("bias")
+            groups.setdefault((id(parameter) in new, is_bias), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": (schedule.head_lr if is_new else schedule.lr) * (2 if is_bias else 1),
+            "weight_decay": 0.0 if is_bias else schedule.weight_decay,
+        }
+        for (is_new, is_bias), parameters in groups.items()
+    ]
+
+
+def fit(
+    run: Run,
+    stage: str,
+    model: nn.Module,
+    dataset: Dataset[dict[str, Tensor]],
+    loss_of: Callable[[nn.Module, dict[str, Tensor]], Any],
+    groups: Sequence[dict[str, Any]],
+    schedule: Schedule,
+    *,
+    checkpoint_seconds: float = 30.0,
+) -> nn.Module:
+    """Train ``model`` and leave its weights in ``checkpoints/STAGE.pt``; load them if they are there.
+
+    The order of the images, their augmentation and the dropout of step t depend only on the seed, the stage and t, so
+    a run that is killed goes on from its last checkpoint exactly as it would have.
+
+    Args:
+        run: the run.
+        stage: name of the checkpoint and of the curve.
+        model: anything; moved to the device.
+        dataset: items are dictionaries of tensors; its ``__getitem__`` may draw from torch's global generator.
+        loss_of: ``loss_of(model, batch)`` gives a scalar, or a NamedTuple whose first field is the total.
+        groups: parameter groups.
+        schedule: epochs, batch size, momentum, power.
+        checkpoint_seconds: time between checkpoints.
+    """
+    final, partial = run.path("checkpoints", f"{stage}.pt"), run.path("checkpoints", f"{stage}.partial.pt")
+    device, fabric = run.fabric.device, run.fabric
+    model.to(device)
+    if final.exists():
+        model.load_state_dict(torch.load(final, map_location=device, weights_only=True)["model"])
+        return model.eval()
+
+    steps = schedule.epochs * max(1, len(dataset) // schedule.batch_size)
+    steps = steps if run.config.max_steps is None else min(steps, run.config.max_steps)
+    optimizer, scheduler = poly_sgd(groups, steps, momentum=schedule.momentum, power=schedule.power)
+    done, curve = 0, []
+    if partial.exists():
+        state = torch.load(partial, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        done, curve = state["step"], state["curve"]
+    fabric.barrier()
+
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    wrapped.train()
+    batches = _batches(run, stage, dataset, schedule.batch_size, range(done, steps))
+    saved_at = time.monotonic()
+    with run.progress() as progress:
+        bar = progress.add_task(stage, total=steps, completed=done)
+        for step, batch in zip(range(done, steps), batches, strict=True):
+            torch.manual_seed(_seed(run, stage, "step", step, fabric.global_rank))
+            output = loss_of(wrapped, fabric.to_device(batch))
+            total = output if isinstance(output, Tensor) else output[0]
+            optimizer.zero_grad(set_to_none=True)
+            fabric.backward(total)
+            optimizer.step()
+            if step % 10 == 0 or step == steps - 1:
+                curve.append(
+                    {"stage": stage, "step": step, "steps": steps, "lr": scheduler.get_last_lr()[0], **_terms(output)}
+                )
+                if not torch.isfinite(total):
+                    raise FloatingPointError(
+                        f"{stage}: the loss is {total.item()} at step {step}; lower the learning rate"
+                    )
+                progress.update(bar, description=f"{stage}  loss {curve[-1]['loss']:.3f}")
+            scheduler.step()
+            progress.update(bar, completed=step + 1)
+            if fabric.global_rank == 0 and step + 1 < steps and time.monotonic() - saved_at > checkpoint_seconds:
+                _save(
+                    partial,
+                    model,
+                    optimizer=optimizer.state_dict(),
+                    scheduler=scheduler.state_dict(),
+                    step=step + 1,
+                    curve=curve,
+                )
+                saved_at = time.monotonic()
+    if fabric.global_rank == 0:
+        with replacing(run.path("curves", f"{stage}.jsonl"), "w") as file:
+            file.writelines(json.dumps(point) + "\n" for point in curve)
+        _save(final, model)
+        partial.unlink(missing_ok=True)
+    fabric.barrier()
+    return model.eval()
+
+
+def _save(path: Any, model: nn.Module, **state: Any) -> None:
+    with replacing(path) as file:
+        torch.save({"model": model.state_dict(), **state}, file)
+
+
+def _terms(output: Any) -> dict[str, float]:
+    if isinstance(output, Tensor):
+        return {"loss": output.item()}
+    names = ["loss", *output._fields[1:]]
+    return {name: float(value) for name, value in zip(names, output, strict=True)}
+
+
+def _seed(run: Run, *parts: object) -> int:
+    return zlib.crc32("/".join(map(str, (run.config.seed, *parts))).encode())
+
+
+class _Seeded(Dataset):
+    """Item (index, seed) of a dataset, drawn with torch's generator set to ``seed``."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        index, seed = key
+        if get_worker_info() is not None:
+            torch.manual_seed(seed)
+            return self.dataset[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.dataset[index]
+
+
+def _batches(run: Run, stage: str, dataset: Dataset, batch_size: int, steps: range) -> Iterator[dict[str, Tensor]]:
+    world, rank = run.fabric.world_size, run.fabric.global_rank
+    if batch_size % world:
+        raise ValueError(f"batch_size: expected a multiple of the {world} processes, got {batch_size}")
+    if len(dataset) == 0:
+        raise ValueError(f"{stage}: there is no image to train on")
+    per_epoch = max(1, len(dataset) // batch_size)
+
+    def keys() -> Iterator[list[tuple[int, int]]]:
+        order, epoch = [], -1
+        for step in steps:
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                generator = torch.Generator().manual_seed(_seed(run, stage, "order", epoch))
+                order = torch.randperm(len(dataset), generator=generator).tolist()
+                order = (order * -(-batch_size // len(order)))[: max(len(order), batch_size)]
+            first = (step % per_epoch) * batch_size
+            chosen = order[first : first + batch_size]
+            keyed = [(index, _seed(run, stage, "item", step, place)) for place, index in enumerate(chosen)]
+            yield keyed[rank::world]
+
+    workers = run.config.workers if len(steps) > 1 else 0
+    loader = DataLoader(_Seeded(dataset), batch_sampler=list(keys()), num_workers=workers)
+    return iter(loader)
+
+
+class RandomLongSide(v2.Transform):
+    """Resize so that the longer side is uniform in ``low..high`` pixels (images bicubic, masks nearest)."""
+
+    def __init__(self, low: int, high: int) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = TF.get_size(flat_inputs[0])
+        target = int(torch.randint(self.low, self.high + 1, ()).item())
+        return {"size": scaled_size(height, width, target / max(height, width))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return _resize(inpt, params["size"])
+
+
+class RandomScale(v2.Transform):
+    """Resize by a factor uniform in ``low..high`` (images bicubic, masks nearest)."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        factor = self.low + (self.high - self.low) * torch.rand(()).item()
+        return {"size": scaled_size(*TF.get_size(flat_inputs[0]), factor)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return _resize(inpt, params["size"])
+
+
+def scaled_size(height: int, width: int, factor: float, multiple: int = 1) -> tuple[int, int]:
+    """The size times ``factor``, rounded to a ``multiple`` of pixels, at least one."""
+    return tuple(max(1, round(side * factor / multiple)) * multiple for side in (height, width))
+
+
+def _resize(inpt: Any, size: tuple[int, int]) -> Any:
+    mode = v2.InterpolationMode.NEAREST if isinstance(inpt, tv_tensors.Mask) else v2.InterpolationMode.BICUBIC
+    return TF.resize(inpt, list(size), interpolation=mode, antialias=True)
+
+
+def crop_transform(
+    resize: v2.Transform,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    jitter: bool = False,
+    mask_fill: int = IGNORE,
+) -> v2.Compose:
+    """Resize, mirror, (jitter,) normalise and crop; where the crop is larger, pad the normalised image with 0, the mask with ``mask_fill``."""
+    return v2.Compose(
+        [
+            resize,
+            v2.RandomHorizontalFlip(),
+            *([v2.ColorJitter(0.3, 0.3, 0.3, 0.1)] if jitter else []),
+            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+            v2.Normalize(list(mean), list(std)),
+            v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 0.0, tv_tensors.Mask: mask_fill}),
+        ]
+    )
+
+
+class TaggedCrops(Dataset):
+    """``image`` (3, crop, crop) and ``labels`` (K,): what a classifier trains on."""
+
+    def __init__(self, dataset: ImageSet, names: Sequence[str], transform: v2.Transform) -> None:
+        self.dataset, self.names, self.transform = dataset, names, transform
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        name = self.names[index]
+        image = self.transform(tv_tensors.Image(self.dataset.image(name)))
+        return {"image": image.as_subclass(Tensor), "labels": torch.from_numpy(self.dataset.labels(name))}
+
+
+class MaskedCrops(Dataset):
+    """``image`` (3, crop, crop) and ``mask`` (crop, crop) int64, with the masks of ``mask_of(name)`` (H, W) uint8."""
+
+    def __init__(
+        self, dataset: ImageSet, names: Sequence[str], mask_of: Callable[[str], Any], transform: v2.Transform
+    ) -> None:
+        self.dataset, self.names, self.mask_of, self.transform = dataset, names, mask_of, transform
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        name = self.names[index]
+        mask = tv_tensors.Mask(torch.from_numpy(self.mask_of(name))[None])
+        image, mask = self.transform(tv_tensors.Image(self.dataset.image(name)), mask)
+        return {"image": image.as_subclass(Tensor), "mask": mask[0].as_subclass(Tensor).long()}

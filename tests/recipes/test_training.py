@@ -1,0 +1,203 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from recipes.pipeline.run import Run, RunConfig
+from recipes.pipeline.training import (
+    RandomLongSide,
+    RandomScale,
+    Schedule,
+    crop_transform,
+    fit,
+    poly_sgd,
+    two_speed_groups,
+)
+
+SCHEDULE = Schedule(epochs=3, batch_size=4, lr=0.1, head_lr=0.5)
+
+
+class NoisyPoints(Dataset):
+    """Points whose noise is drawn anew each time, as augmentation is."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        x = torch.full((3,), float(index)) / 10
+        return {"x": x + 0.1 * torch.randn(3), "y": x.sum()[None]}
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+
+
+def squared_error(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return (model(batch["x"]) - batch["y"]).square().mean()
+
+
+def make_run(folder: Path, *, workers: int = 0, **options: object) -> Run:
+    dataset = SimpleNamespace(train=(), seed=(), val=(), classes=("cat",))
+    config = RunConfig(out=folder, workers=workers, **options)
+    return Run("test", config, Fabric(accelerator="cpu", devices=1), dataset, folder)
+
+
+def train(run: Run, loss_of=squared_error, schedule: Schedule = SCHEDULE) -> dict[str, Tensor]:
+    model = small_model()
+    groups = two_speed_groups(model, [model[2]], schedule)
+    fit(run, "points", model, NoisyPoints(), loss_of, groups, schedule, checkpoint_seconds=0)
+    return model.state_dict()
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_poly_sgd_falls_to_its_last_value_and_stays() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer, scheduler = poly_sgd([{"params": [parameter], "lr": 0.2}], 4, momentum=0.9)
+    rates = []
+    for _ in range(6):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.2 * (1 - t / 4) ** 0.9 for t in (0, 1, 2, 3, 3, 3)])
+
+
+def test_two_speed_groups_leave_out_frozen_layers_and_can_double_biases() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    groups = two_speed_groups(model, [model[2]], SCHEDULE, double_biases=True)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found == {
+        id(model[1].weight): (0.1, 1e-4),
+        id(model[1].bias): (0.2, 0.0),
+        id(model[2].weight): (0.5, 1e-4),
+        id(model[2].bias): (1.0, 0.0),
+    }
+
+
+def test_killed_training_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole = train(make_run(tmp_path / "whole"))
+    calls = 0
+
+    def killed_at_the_fourth_step(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return squared_error(model, batch)
+
+    run = make_run(tmp_path / "killed")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, killed_at_the_fourth_step)
+    partial = run.path("checkpoints", "points.partial.pt")
+    assert torch.load(partial, weights_only=True)["step"] == 3
+    resumed_steps = 0
+
+    def counted(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        nonlocal resumed_steps
+        resumed_steps += 1
+        return squared_error(model, batch)
+
+    assert same(train(run, counted), whole)
+    assert resumed_steps == 6 - 3
+    assert not partial.exists()
+    curves = [(tmp_path / name / "curves" / "points.jsonl").read_text() for name in ("whole", "killed")]
+    assert curves[0] == curves[1]
+    assert [json.loads(line)["step"] for line in curves[0].splitlines()] == [0, 5]
+
+
+def test_finished_training_is_loaded_not_repeated(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    first = train(run)
+
+    def never(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        raise AssertionError
+
+    assert same(train(run, never), first)
+
+
+def test_result_does_not_depend_on_loader_processes(tmp_path: Path) -> None:
+    assert same(train(make_run(tmp_path / "a", workers=0)), train(make_run(tmp_path / "b", workers=2)))
+
+
+def test_another_seed_gives_another_result(tmp_path: Path) -> None:
+    assert not same(train(make_run(tmp_path / "a", seed=0)), train(make_run(tmp_path / "b", seed=1)))
+
+
+def test_max_steps_cuts_training_short_even_with_fewer_images_than_a_batch(tmp_path: Path) -> None:
+    run = make_run(tmp_path, max_steps=2)
+    train(run, schedule=Schedule(epochs=3, batch_size=16, lr=0.1, head_lr=0.5))
+    curve = run.path("curves", "points.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in curve] == [0, 1]
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="points: the loss is nan at step 0; lower the learning rate"):
+        train(make_run(tmp_path), lambda model, batch: squared_error(model, batch) * float("nan"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    one = train_without_dropout(make_run(tmp_path / "one"))
+    script = (
+        "import sys; from pathlib import Path; from lightning_fabric import Fabric\n"
+        "from tests.recipes.test_training import *\n"
+        "fabric = Fabric(accelerator='cpu', devices=2, strategy='ddp'); fabric.launch()\n"
+        "run = make_run(Path(sys.argv[1])); run.fabric = fabric\n"
+        "train_without_dropout(run)\n"
+    )
+    file = tmp_path / "two.py"
+    file.write_text(script)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(file), str(tmp_path / "two")],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    two = torch.load(tmp_path / "two" / "checkpoints" / "points.pt", weights_only=True)["model"]
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=5e-7)  # measured: 6e-8
+
+
+def train_without_dropout(run: Run) -> dict[str, Tensor]:
+    """Dropout differs between one process and two; nothing else may."""
+    model = small_model()
+    model[1] = nn.Identity()
+    fit(run, "points", model, NoisyPoints(), squared_error, two_speed_groups(model, [], SCHEDULE), SCHEDULE)
+    return model.state_dict()
+
+
+def test_crops_pad_images_with_zero_and_masks_with_ignore() -> None:
+    transform = crop_transform(RandomScale(1.0, 1.0), 12, (0.5,) * 3, (0.5,) * 3)
+    image = tv_tensors.Image(torch.full((3, 8, 10), 255, dtype=torch.uint8))
+    mask = tv_tensors.Mask(torch.ones(1, 8, 10, dtype=torch.uint8))
+    image, mask = transform(image, mask)
+    assert image.shape == (3, 12, 12)
+    inside = mask[0] == 1
+    assert inside.sum() == 80
+    assert (mask[0][~inside] == 255).all()
+    assert (image[0][inside] == 1).all()
+    assert (image[0][~inside] == 0).all()
+
+
+def test_random_long_side_keeps_the_aspect_and_the_range() -> None:
+    sides = [
+        RandomLongSide(20, 40)(tv_tensors.Image(torch.zeros(3, 50, 100, dtype=torch.uint8))).shape for _ in range(20)
+    ]
+    assert all(20 <= width <= 40 and abs(height - width / 2) <= 0.5 for _, height, width in sides)
+    assert len(set(sides)) > 1
