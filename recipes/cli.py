@@ -1,0 +1,353 @@
+"""The commands behind ``python -m recipes``: list, run, evaluate, compare, copy.
+
+A recipe is any module of this package with ``Config``, ``PRESETS`` and ``main``; nothing is registered. A copy of one
+is a command of its own with the same flags, because both end in :func:`run_recipe`. What needs torch is imported by
+the command that needs it, so that a list or a help text comes at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import os
+import pkgutil
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import recipes
+
+Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+
+if TYPE_CHECKING:
+    from recipes.pipeline.data import ImageSet
+
+# What a wrong option, file or environment raises; anything else is a bug of ours and keeps its traceback.
+BAD_INPUT = (
+    ValueError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+    ModuleNotFoundError,
+    FloatingPointError,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as its source says, without importing it."""
+
+    name: str
+    path: Path
+    paper: str
+    summary: str
+    presets: tuple[str, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit status is 0, 2 for bad input, or 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[..., None]] = {
+        "list": list_recipes,
+        "run": run,
+        "evaluate": evaluate,
+        "compare": compare,
+        "copy": copy,
+    }
+    with _told_plainly(["python", "-m", "recipes", *argv]):
+        if argv[:1] == ["run"] and argv[1:2] not in ([], ["-h"], ["--help"]):
+            run_recipe(_import(argv[1]), argv[2:])
+        else:
+            tyro.extras.subcommand_cli_from_dict(
+                commands,
+                args=argv or ["--help"],
+                prog="python -m recipes",
+                description="Published systems for weakly supervised semantic segmentation, from image tags to masks.",
+            )
+    return 0
+
+
+def run_recipe(module: ModuleType, argv: Sequence[str] | None = None) -> None:
+    """Run a recipe with the settings of ``--preset`` and every other field of its ``Config`` as a flag.
+
+    Args:
+        module: has ``Config`` (a dataclass with ``preset``, ``seed`` and ``out``), ``PRESETS`` and ``main(config)``.
+        argv: the flags; those of the process by default.
+
+    Raises:
+        SystemExit: bad input (2) or Ctrl-C (130), after a message; ``WSSS_DEBUG=1`` shows the traceback instead.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    script = Path(str(module.__file__))
+    is_ours = module.__name__.startswith("recipes.")
+    words = ["python", "-m", "recipes", "run", script.stem] if is_ours else ["python", os.path.relpath(script)]
+    with _told_plainly([*words, *argv]):
+        preset = _preset(argv, module)
+        config = tyro.cli(
+            module.Config,
+            args=argv,
+            default=dataclasses.replace(module.PRESETS[preset], preset=preset),
+            prog=shlex.join(words),
+            description=module.__doc__,
+        )
+        if config.out is None:  # named after the script, so that an edited copy does not go on with the original's run
+            config = dataclasses.replace(config, out=Path("runs") / f"{script.stem}-{preset}-s{config.seed}")
+        with _keeping_source(script, Path(config.out)):
+            module.main(config)
+
+
+# The commands. Their signatures are their flags, their docstrings the help.
+
+
+def list_recipes() -> None:
+    """List the recipes with their papers and presets."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for title in ("recipe", "paper", "presets"):
+        table.add_column(title, header_style="bold")
+    for recipe in discover().values():
+        about = escape(recipe.paper) + (f"\n[dim]{escape(recipe.summary)}[/]" if recipe.summary else "")
+        table.add_row(f"[bold cyan]{recipe.name}[/]", about, " ".join(recipe.presets))
+    console = _console()
+    console.print(table)
+    console.print("\n[dim]python -m recipes run NAME --help  lists the options of a recipe[/]")
+
+
+def run(name: Name, preset: Annotated[str, tyro.conf.arg(metavar="demo|small|paper|tiny")] = "demo") -> None:
+    """Run a recipe; `run NAME --help` lists its flags.
+
+    Args:
+        name: one of those that `list` shows.
+        preset: the settings to start from; every other flag changes one of them.
+    """
+    run_recipe(_import(name), ["--preset", preset])
+
+
+def evaluate(
+    path: tyro.conf.Positional[Path],
+    data: str | None = None,
+    labels: str | None = None,
+    classes: str | None = None,
+    train_list: str | None = None,
+    seed_list: str | None = None,
+    val_list: str | None = None,
+    split: Literal["seed", "val"] = "val",
+    threshold: float | None = None,
+    report: bool = False,
+    workers: int = 2,
+) -> None:
+    """Measure again what lies in a run directory, or the masks in any folder of PNGs.
+
+    Args:
+        path: a run directory, or a folder of NAME.png in the data set's indices (then `--data` is needed).
+        data: where the ground truth is; by default the run's own.
+        labels: tags file, as in `run`.
+        classes: comma-separated classes, as in `run`.
+        train_list: as in `run`.
+        seed_list: as in `run`.
+        val_list: as in `run`.
+        split: which images a folder of PNGs is measured on.
+        threshold: background threshold of the seeds; by default the one the run used.
+        report: also write the run's report.html anew.
+        workers: threads.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: expected a run directory or a folder of PNG masks, found no such folder")
+    from recipes.pipeline.remeasure import measure_folder, remeasure_run
+    from recipes.pipeline.tables import class_table, measurement_table, measurements, read_metrics
+
+    is_run = (path / "metrics.json").is_file()
+    told = {"data": data, "labels": labels, "classes": classes}
+    told |= {"train_list": train_list, "seed_list": seed_list, "val_list": val_list}
+    known = _config(path) if is_run else {}
+    dataset = _dataset({**known, **{key: value for key, value in told.items() if value is not None}}, path)
+    console = _console()
+
+    def say(note: str) -> None:
+        console.print(f"[yellow]{escape(note)}[/]", highlight=False)
+
+    if is_run:
+        recorded = measurements(read_metrics(path))
+        measured = list(remeasure_run(path, dataset, recorded, threshold=threshold, workers=workers, say=say))
+    else:
+        measured = [measure_folder(path, dataset, split, workers=workers, say=say)]
+    if not measured:
+        raise ValueError(f"{path}: there is nothing to measure, no CAMs or masks of images that have a ground truth")
+    console.print(measurement_table(measured))
+    console.print()
+    console.print(class_table([m for m in measured if not m.oracle]))
+    if report and is_run:
+        from recipes.pipeline.report import write_report
+
+        console.print(f"report: {escape(str(write_report(path, dataset)))}", soft_wrap=True, highlight=False)
+
+
+def compare(runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]) -> None:
+    """Put runs side by side: mIoU of each stage, time, memory; and say where they cannot be compared.
+
+    Args:
+        runs: run directories.
+    """
+    from recipes.pipeline.tables import comparison_table, protocol_differences, read_metrics
+
+    if not runs:
+        raise ValueError("runs: expected at least one run directory, got none")
+    found = {str(folder): read_metrics(folder) for folder in runs}
+    console = _console()
+    console.print(comparison_table(found))
+    for difference in protocol_differences(found):
+        console.print(f"[yellow]not comparable:[/] {escape(difference)}", highlight=False)
+
+
+def copy(name: Name, file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]) -> None:
+    """Copy a recipe to a script of your own, to edit and run.
+
+    Args:
+        name: one of those that `list` shows.
+        file: the new script; never overwritten.
+    """
+    recipe = _find(name)
+    target = file / f"{name}.py" if file.is_dir() else file
+    if target.suffix != ".py":
+        raise ValueError(f"file: expected a name that ends in .py, got {file}")
+    if target.exists():
+        raise ValueError(f"file: {target} exists and is not overwritten; give another name")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"file: there is no folder {target.parent}")
+    shutil.copyfile(recipe.path, target)
+    command = shlex.join(["python", str(target)])
+    _console().print(f"copied {name}; run it with\n  {escape(command)}", soft_wrap=True, highlight=False)
+
+
+# Recipes, found by looking at the package.
+
+
+def discover() -> dict[str, Recipe]:
+    """All recipes by name, read from their sources."""
+    found = {}
+    for info in pkgutil.iter_modules(recipes.__path__):
+        spec = info.module_finder.find_spec(info.name, None)
+        if info.ispkg or spec is None or spec.origin is None:
+            continue
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        presets = _presets(tree)
+        if presets is not None:
+            paper, _, rest = (ast.get_docstring(tree) or "").partition("\n")
+            first = " ".join(rest.strip().split("\n\n", 1)[0].split())
+            summary = first.split(". ", 1)[0].rstrip(".") + "." * bool(first)
+            found[info.name] = Recipe(info.name, Path(spec.origin), paper, summary, presets)
+    return found
+
+
+def _presets(tree: ast.Module) -> tuple[str, ...] | None:
+    """Keys of the dictionary that ``PRESETS`` is set to; None if there is none, so that the module is no recipe."""
+    for node in tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or not isinstance(node.value, ast.Dict):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if any(isinstance(target, ast.Name) and target.id == "PRESETS" for target in targets):
+            return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))
+    return None
+
+
+def _find(name: str) -> Recipe:
+    found = discover()
+    if name in found:
+        return found[name]
+    if name.endswith(".py"):
+        raise ValueError(f"recipe: {name} is a script; run it as `python {name}`")
+    close = difflib.get_close_matches(name, found, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ValueError(f"recipe: there is no {name!r}; {hint}There are {', '.join(found)}")
+
+
+def _import(name: str) -> ModuleType:
+    return importlib.import_module(f"recipes.{_find(name).name}")
+
+
+def _preset(argv: Sequence[str], module: ModuleType) -> str:
+    """Value of ``--preset`` in ``argv``, looked up before the other flags because it holds their defaults."""
+    chosen = module.Config.__dataclass_fields__["preset"].default
+    for position, word in enumerate(argv):
+        if word == "--preset" and position + 1 < len(argv):
+            chosen = argv[position + 1]
+        elif word.startswith("--preset="):
+            chosen = word.partition("=")[2]
+    if chosen not in module.PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(module.PRESETS)}, got {chosen!r}")
+    return str(chosen)
+
+
+@contextmanager
+def _keeping_source(script: Path, folder: Path) -> Iterator[None]:
+    """Keep the script that makes a run beside its results, and say if another version of it began the run."""
+    kept = folder / "recipe.py"
+    source = script.read_bytes()
+    if kept.exists() and kept.read_bytes() != source and _first_process():
+        note = f"{script.name} has changed since {folder} was begun: stages that are finished stay as they are. "
+        Console(stderr=True).print(f"[yellow]{escape(note)}Give another --out to start afresh.[/]", soft_wrap=True)
+    try:
+        yield
+    finally:
+        if (folder / "config.yaml").exists() and _first_process():
+            kept.write_bytes(source)
+
+
+def _first_process() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    import yaml
+
+    file = folder / "config.yaml"
+    return yaml.safe_load(file.read_text()) if file.is_file() else {}
+
+
+def _dataset(options: Mapping[str, Any], path: Path) -> ImageSet:
+    from recipes.pipeline.data import load_dataset
+
+    if not options.get("data"):
+        raise ValueError(f"data: {path} is no run directory, so --data must say where the ground truth is")
+    keys = ("classes", "labels", "train_list", "val_list", "seed_list")
+    return load_dataset(options["data"], **{key: options.get(key) for key in keys})
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+@contextmanager
+def _told_plainly(words: Sequence[str]) -> Iterator[None]:
+    """Turn bad input into a message and exit status 2, Ctrl-C into how to go on and 130; bugs keep their traceback."""
+    if os.environ.get("WSSS_DEBUG", "") not in ("", "0"):
+        yield
+        return
+    console = Console(stderr=True, soft_wrap=True)
+    try:
+        yield
+    except BAD_INPUT as error:
+        hint = ""
+        if isinstance(error, ModuleNotFoundError):
+            hint = '; the recipes need more than the library: pip install "wsss[recipes]"'
+        console.print(f"[bold red]error:[/] {escape(str(error) + hint)}", highlight=False)
+        console.print("[dim]WSSS_DEBUG=1 shows where it was raised[/]")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("\nInterrupted. The same command goes on where it stopped:")
+        console.print(f"  {escape(shlex.join(words))}", highlight=False)
+        sys.exit(130)
