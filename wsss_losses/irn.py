@@ -18,7 +18,7 @@ from wsss_losses._distributed import sum_over_processes
 from wsss_losses._irn_pairs import boundary_costs, displacement_costs, hide_ignored, pair_counts
 from wsss_losses.psa import AffinityTerms, balanced_terms
 from wsss_modules._checks import check_floating, check_integer, check_shape
-from wsss_modules.affinity.offsets import Border, source_box
+from wsss_modules.affinity.offsets import Border, is_full
 
 
 class DisplacementTerms(NamedTuple):
@@ -100,7 +100,7 @@ def boundary_affinity_loss(
     _check_pair_inputs("edge_logits", edge_logits, 1, mask)
     known = hide_ignored(mask, ignore_index, num_classes)
     costs = _boundary_costs(edge_logits, known, radius, border, eps)
-    counts = pair_counts(known, radius, border == "full").to(costs.dtype)
+    counts = pair_counts(known, radius, is_full(border)).to(costs.dtype)
     return balanced_terms(torch.stack([costs, counts], dim=1), eps=eps, sync=sync, dtype=edge_logits.dtype)
 
 
@@ -202,7 +202,7 @@ def displacement_loss(
     _check_pair_inputs("displacement", displacement, 2, mask)
     known = hide_ignored(mask, ignore_index, num_classes)
     costs = _displacement_costs(displacement, known, radius, border)
-    counts = pair_counts(known, radius, border == "full").to(costs.dtype)
+    counts = pair_counts(known, radius, is_full(border)).to(costs.dtype)
     return _displacement_terms(costs, counts, eps=eps, sync=sync, dtype=displacement.dtype)
 
 
@@ -312,7 +312,7 @@ def inter_pixel_relation_loss(
     dtype = torch.promote_types(edge_logits.dtype, displacement.dtype)
     edge_costs = _boundary_costs(edge_logits, known, radius, border, eps)
     vector_costs = _displacement_costs(displacement, known, radius, border)
-    counts = pair_counts(known, radius, border == "full").to(torch.promote_types(dtype, torch.float32))
+    counts = pair_counts(known, radius, is_full(border)).to(torch.promote_types(dtype, torch.float32))
     edge_sums = torch.stack([edge_costs.to(counts.dtype), counts], dim=1)
     boundary = balanced_terms(edge_sums, eps=eps, sync=sync, dtype=counts.dtype)
     vectors = _displacement_terms(vector_costs.to(counts.dtype), counts, eps=eps, sync=sync, dtype=counts.dtype)
@@ -374,15 +374,13 @@ def _check_pair_inputs(name: str, x: Tensor, channels: int, mask: Tensor) -> Non
 
 
 def _boundary_costs(edge_logits: Tensor, known: Tensor, radius: int, border: Border, eps: float) -> Tensor:
-    source_box((1, 1), radius, border)  # refuses an unknown border
     logits = edge_logits[:, 0].to(torch.promote_types(edge_logits.dtype, torch.float32))
-    return boundary_costs(logits, known, radius, border == "full", eps)
+    return boundary_costs(logits, known, radius, is_full(border), eps)
 
 
 def _displacement_costs(displacement: Tensor, known: Tensor, radius: int, border: Border) -> Tensor:
-    source_box((1, 1), radius, border)
     vectors = displacement.to(torch.promote_types(displacement.dtype, torch.float32))
-    return displacement_costs(vectors, known, radius, border == "full")
+    return displacement_costs(vectors, known, radius, is_full(border))
 
 
 def _displacement_terms(

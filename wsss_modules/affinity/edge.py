@@ -51,8 +51,7 @@ def edge_to_affinity(edge: Tensor, radius: int, *, border: Border = "released") 
     check_shape("edge", edge, (None, 1, None, None), "(B, 1, H, W)")
     check_floating("edge", edge)
     size = (edge.shape[2], edge.shape[3])
-    if border == "released":
-        check_crop(size, radius)
+    check_crop(size, radius, border)
     maxima = path_maxima(edge[:, 0], radius, border == "full")  # (B, P, h, w)
     return (1 - maxima).flatten(2)
 

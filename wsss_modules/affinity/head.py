@@ -66,8 +66,7 @@ def feature_affinity(
     if distance not in ("mean", "sum"):
         raise ValueError(f"distance: expected 'mean' or 'sum', got {distance!r}")
     size = (features.shape[2], features.shape[3])
-    if border == "released":
-        check_crop(size, radius)
+    check_crop(size, radius, border)
     compute_dtype = torch.promote_types(features.dtype, torch.float32)
     l1 = pair_l1_distance(features.to(compute_dtype), radius, border == "full")  # (B, P, n)
     if distance == "mean":

@@ -83,8 +83,7 @@ class LocalAffinity:
         Raises:
             ValueError: if the shape of ``pairs`` does not fit, or the map is too small for the released crop.
         """
-        if border == "released":
-            check_crop(size, radius)
+        check_crop(size, radius, border)
         offsets = ordered_offsets(radius, order)
         rows, columns = source_box(size, radius, border)
         box = (rows.stop - rows.start, columns.stop - columns.start)
@@ -133,8 +132,7 @@ class LocalAffinity:
 
     def pairs(self, radius: int, *, border: Border = "released") -> Tensor:
         """Affinities in pair form (B, P, n): the inverse of :meth:`from_pairs`, in the order of ``offsets``."""
-        if border == "released":
-            check_crop(self.size, radius)
+        check_crop(self.size, radius, border)
         rows, columns = source_box(self.size, radius, border)
         return self.values[:, :, rows, columns].flatten(2)
 
@@ -152,7 +150,7 @@ class LocalAffinity:
             return self
         valid = inside(self.offsets, self.size, self.values.device)
         if beta == 0:
-            return LocalAffinity(self.offsets, torch.where(valid, torch.ones_like(self.values), 0))
+            return LocalAffinity(self.offsets, torch.where(valid, self.values.pow(0), 0))
         positive = self.values > 0  # selected first: the slope of v**beta at 0 is infinite for beta < 1
         powered = torch.where(positive, self.values, 1).pow(beta)
         return LocalAffinity(self.offsets, torch.where(positive, powered, 0))

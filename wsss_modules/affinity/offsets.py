@@ -142,17 +142,24 @@ def ordered_offsets(radius: int, order: Order) -> tuple[Offset, ...]:
 
 def source_box(size: tuple[int, int], radius: int, border: Border) -> tuple[slice, slice]:
     """Rows and columns of the sources of pairs; empty slices where the map is too small for the released crop."""
-    if border not in ("released", "full"):
-        raise ValueError(f"border: expected 'released' or 'full', got {border!r}")
     height, width = size
-    if border == "full":
+    if is_full(border):
         return slice(0, height), slice(0, width)
     margin = radius - 1
     return slice(0, max(height - margin, 0)), slice(margin, max(width - margin, margin))
 
 
-def check_crop(size: tuple[int, int], radius: int) -> None:
-    """Raise ``ValueError`` unless a map of ``size`` holds at least one source of the released crop."""
+def is_full(border: Border) -> bool:
+    """Whether all pixels are sources; raise ``ValueError`` for an unknown word."""
+    if border not in ("released", "full"):
+        raise ValueError(f"border: expected 'released' or 'full', got {border!r}")
+    return border == "full"
+
+
+def check_crop(size: tuple[int, int], radius: int, border: Border = "released") -> None:
+    """Raise ``ValueError`` unless a map of ``size`` holds at least one source."""
+    if is_full(border):
+        return
     if size[0] < radius or size[1] < 2 * radius - 1:
         least = f"{radius} x {2 * radius - 1} pixels for radius {radius}"
         raise ValueError(f"size: expected at least {least}, got {size[0]} x {size[1]}; border='full' has no such limit")

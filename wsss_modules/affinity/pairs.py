@@ -73,8 +73,7 @@ def affinity_labels(
     check_ndim("mask", mask, 3, "(B, H, W)")
     check_integer("mask", mask, "did you pass scores?")
     height, width = mask.shape[1:]
-    if border == "released":
-        check_crop((height, width), radius)
+    check_crop((height, width), radius, border)
     offsets = ordered_offsets(radius, order)
     valid = mask != ignore_index
     if num_classes is not None:
@@ -123,8 +122,7 @@ def pair_displacement(
     check_shape("displacement", displacement, (None, 2, None, None), "(B, 2, H, W)")
     check_floating("displacement", displacement)
     size = (displacement.shape[2], displacement.shape[3])
-    if border == "released":
-        check_crop(size, radius)
+    check_crop(size, radius, border)
     offsets = ordered_offsets(radius, order)
     source, destination = _gather_pairs(displacement, offsets, radius, border)
     delta = source - destination
