@@ -7,6 +7,7 @@ M lattice vertices in use (of all images together).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class PermutohedralLattice:
             raise ValueError(f"features: expected at least one point and one feature, got {tuple(features.shape)}")
         self.batch, self.points, self.dimensions = features.shape
         with torch.no_grad():
-            self._build(features)
+            _build_eagerly(self, features)
             if normalize:
                 ones = features.new_ones(self.batch * self.points, 1)
                 scale = (self._apply(ones, reverse=False) + 1e-20).rsqrt()  # (L, 1)
@@ -153,9 +154,9 @@ class PermutohedralLattice:
 
         # The enclosing simplex. With x = cell + fraction, its vertices are cell + 1 on the j coordinates of largest
         # fraction, j = 0..d, each moved along (1, .., 1) to the plane sum = 0 (Freudenthal's triangulation).
-        fraction, coordinate = torch.stack([x - cell for x, cell in zip(columns, cells, strict=True)], 1).sort(
-            descending=True
-        )
+        # Ties go to the lower coordinate: vertices of weight 0 count, since they carry the blur.
+        fraction = torch.stack([x - cell for x, cell in zip(columns, cells, strict=True)], 1)
+        fraction, coordinate = fraction.sort(descending=True, stable=True)
         weight = torch.empty_like(fraction)  # (L, d + 1) barycentric
         weight[:, 0] = 1 - fraction[:, 0] + fraction[:, d]
         weight[:, 1:] = fraction[:, :-1] - fraction[:, 1:]
@@ -209,6 +210,10 @@ class PermutohedralLattice:
             self._neighbours[axis, 0, :total] = torch.where(hit, found.to(index), total)
             self._neighbours[axis, 1].scatter_(0, torch.where(hit, found, total), own)
             self._neighbours[axis, 1, total] = total
+
+
+# A compiled caller gets one clean graph break here, and no graph per image size.
+_build_eagerly: Callable[[PermutohedralLattice, Tensor], None] = torch.compiler.disable(PermutohedralLattice._build)
 
 
 class _LatticeFilter(torch.autograd.Function):
