@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
+from recipes.pipeline.data.coco import load_coco
+from recipes.pipeline.data.demo import demo_folder
+from recipes.pipeline.data.folder import load_folder
 from recipes.pipeline.data.image_set import IGNORE, ImageSet
 from recipes.pipeline.data.voc import load_voc
 
 __all__ = ["IGNORE", "ImageSet", "load_dataset"]
+
+
+class _Lists(TypedDict):
+    train_list: str | Path | None
+    val_list: str | Path | None
+    seed_list: str | Path | None
 
 
 def load_dataset(
@@ -19,6 +29,7 @@ def load_dataset(
     train_list: str | Path | None = None,
     val_list: str | Path | None = None,
     seed_list: str | Path | None = None,
+    masks: str | Path | None = None,
     out_of_distribution: str | Path | None = None,
 ) -> ImageSet:
     """Load a data set.
@@ -32,22 +43,36 @@ def load_dataset(
         train_list: Images to train on: a file, or the name of a list of the data set.
         val_list: Images to measure the segmentation on.
         seed_list: Images of train whose masks are trusted, on which seeds and pseudo masks are measured.
+        masks: Folder of masks of a "folder:", if they are not in PATH/masks.
         out_of_distribution: Folder of photographs with none of the classes.
 
     Raises:
         ValueError: Something is missing or malformed; nothing has been written by then.
     """
     kind, _, path = spec.partition(":")
+    lists = _Lists(train_list=train_list, val_list=val_list, seed_list=seed_list)
+    if kind == "demo":
+        folder = demo_folder(path)
+        return load_voc(
+            folder, name=spec, classes=classes, labels=labels, out_of_distribution=out_of_distribution, **lists
+        )
     if kind == "voc" and path:
         return load_voc(
+            path, name=spec, classes=classes, labels=labels, out_of_distribution=out_of_distribution, **lists
+        )
+    if kind == "folder" and path:
+        return load_folder(
             path,
             name=spec,
             classes=classes,
             labels=labels,
-            train_list=train_list,
-            val_list=val_list,
-            seed_list=seed_list,
+            masks=masks,
             out_of_distribution=out_of_distribution,
+            **lists,
         )
+    if kind == "coco" and path:
+        if labels is not None:
+            raise ValueError("labels: coco: reads its tags from the instance files; use folder: for tags of your own")
+        return load_coco(path, name=spec, classes=classes, out_of_distribution=out_of_distribution, **lists)
     hint = f"; did you mean folder:{spec}?" if Path(spec).expanduser().exists() else ""
     raise ValueError(f"data: expected demo, voc:PATH, coco:PATH or folder:PATH, got {spec!r}{hint}")
