@@ -121,6 +121,7 @@ def write_report(run_dir: str | Path, dataset: ImageSet) -> Path:
                 "wrong class": CONFUSED,
                 "right": RIGHT,
             },
+            cut_short=config.get("max_steps"),
             config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
             machine=metrics.get("machine") or machine(),
         )

@@ -171,6 +171,13 @@ def test_report_says_how_many_pixels_are_unsure(run, dataset):
     assert "12.3 %, counted as wrong" in read(run, dataset).text
 
 
+def test_report_says_when_the_run_was_cut_short(run, dataset):
+    assert "cut short" not in read(run, dataset).text
+    with (run / "config.yaml").open("a") as file:
+        file.write("max_steps: 2\n")
+    assert "cut short after 2 steps or images" in read(run, dataset).text
+
+
 def test_report_of_an_undecided_mask(run, dataset):
     name = dataset.train[0]
     save_mask(run / "mask" / f"{name}.png", np.full(dataset.size(name), 255, np.uint8), dataset.palette_index)
