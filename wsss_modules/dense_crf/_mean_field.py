@@ -210,6 +210,12 @@ def mean_field(unary: Tensor, kernels: CRFKernels, iterations: int = 10) -> Tens
     Notes:
         Time and memory grow with C: pass the labels of the image (background and present classes), not those of the
         data set. In a batch with different label sets, +inf has the effect of leaving a label out.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> kernels = crf_kernels(torch.randint(0, 256, (1, 3, 8, 9)))
+        >>> mean_field(torch.rand(4, 2, 8, 9), kernels, iterations=3).shape
+        torch.Size([4, 2, 8, 9])
     """
     check_ndim("unary", unary, 4, "(B, C, H, W)")
     check_floating("unary", unary)
