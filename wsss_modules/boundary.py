@@ -153,7 +153,7 @@ class BoundaryHead(nn.Module):
             (conv1, pool, layer1..4) at stride 4, 4, 8, 16, 16; EfficientNet-Lite0 has (16, 24, 40, 112, 320) channels
             at (2, 4, 8, 16, 32).
         width: Channels per map.
-        groups: Groups of the GroupNorms; reduced to a divisor of the width where it is none.
+        groups: Groups of the GroupNorms; one per channel where this doesn't divide the width.
 
     Shapes:
         five maps (B, C_i, h_i, w_i) -> edge logits (B, 1, h, w) of the size of the second map.
@@ -425,7 +425,7 @@ class _Level(nn.Module):
     def __init__(self, in_channels: int, width: int, groups: int, stride: int, out_stride: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.norm = nn.GroupNorm(math.gcd(groups, width), width)
+        self.norm = nn.GroupNorm(groups if width % groups == 0 else width, width)
         self.pool = max(out_stride // stride, 1)
         self.up = max(stride // out_stride, 1)
 

@@ -47,7 +47,8 @@ def irn_head(case: Case) -> dict[str, Tensor]:
 
 @adapter("irn/mean_shift")
 def mean_shift(case: Case) -> dict[str, Tensor]:
-    return {"out.running_mean": modules.MeanShift().fit(case.inputs["in.displacement"])}
+    displacement = case.inputs["in.displacement"]
+    return {"out.running_mean": modules.MeanShift(displacement.shape[2]).to(displacement.dtype).fit(displacement)}
 
 
 @adapter("irn/edge_displacement_tta")
@@ -58,7 +59,7 @@ def edge_displacement_tta(case: Case) -> dict[str, Tensor]:
 
     image = torch.zeros(1, 3, *case.inputs["in.size"].tolist())
     call = case.call
-    out = modules.edge_displacement_inference(image, net, min_size=call["crop_size"], stride=call["stride"])
+    out = modules.edge_displacement_inference(image, net, multiple=1, min_size=call["crop_size"], stride=call["stride"])
     return {"out.edge": out.edge[0], "out.displacement": out.displacement[0]}
 
 

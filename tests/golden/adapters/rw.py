@@ -90,7 +90,7 @@ def poly_sgd(case: Case) -> dict[str, Tensor]:
         optimizer.step()
         scheduler.step()
         history.append(torch.cat([value.detach() for value in values]))
-    return {"out.params": torch.stack(history), "out.lr": torch.tensor(used)}
+    return {"out.params": torch.stack(history), "out.lr": torch.tensor(used, dtype=start.dtype)}
 
 
 @adapter("rw/pair_index")
