@@ -384,11 +384,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def first_five(items: Sequence[str], what: str) -> str:
+def first_five(items: Sequence[str], what: str, rest: str = "") -> str:
     """A count and the first five of a list, for an error message."""
     plural = "" if len(items) == 1 else "s"
     more = f" and {len(items) - 5:,} more" if len(items) > 5 else ""
-    return f"{len(items):,} {what}{plural}: {', '.join(items[:5])}{more}"
+    return f"{len(items):,} {what}{plural}{' ' * bool(rest)}{rest}: {', '.join(items[:5])}{more}"
 
 
 def check_unique(names: Sequence[str], where: str) -> None:

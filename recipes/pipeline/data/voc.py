@@ -102,7 +102,7 @@ def load_voc(
     for listed, what in ((train, "train"), (val, "val")):
         missing = [image for image in listed if image not in photos]
         if missing:
-            raise ValueError(f"data: {root / 'JPEGImages'} lacks {first_five(missing, f'image of the {what} list')}")
+            raise ValueError(f"data: {root / 'JPEGImages'} lacks {first_five(missing, 'image', f'of the {what} list')}")
     both = set(train) & set(val)
     if both:
         warnings.warn(f"{name}: {first_five(sorted(both), 'image')} both in train and in val", stacklevel=3)
@@ -219,7 +219,9 @@ def _seed_names(
 def _check_masks(names: Iterable[str], masks: Mapping[str, str], what: str, root: Path) -> None:
     missing = [image for image in names if image not in masks]
     if missing:
-        raise ValueError(f"data: {root / 'SegmentationClass'} lacks {first_five(missing, f'mask of the {what} list')}")
+        raise ValueError(
+            f"data: {root / 'SegmentationClass'} lacks {first_five(missing, 'mask', f'of the {what} list')}"
+        )
 
 
 def _find_tags(
@@ -267,7 +269,7 @@ def _find_tags(
 def _check_tagged(train: tuple[str, ...], found: Mapping[str, tuple[int, ...]], where: str) -> None:
     missing = [image for image in train if image not in found]
     if missing:
-        raise ValueError(f"{where} {first_five(missing, 'image')} of the train list")
+        raise ValueError(f"{where} {first_five(missing, 'image', 'of the train list')}")
 
 
 def _xml_tags(path: str, classes: tuple[str, ...]) -> tuple[int, ...]:
