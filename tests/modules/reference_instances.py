@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +46,23 @@ def centroid_of(displacement: Tensor, y: int, x: int, iterations: int) -> tuple[
         )
         cy, cx = min(max(cy + vy, 0), h - 1), min(max(cx + vx, 0), w - 1)
     return round(cy), round(cx)  # half to even, as Python does
+
+
+def centroids_numpy(displacement: np.ndarray, iterations: int) -> np.ndarray:
+    """The released form: four corners of two components gathered one by one, for all steps."""
+    _, h, w = displacement.shape
+    y, x = (part.astype(np.float32) for part in np.mgrid[:h, :w])
+    for _ in range(iterations):
+        y0, x0 = np.floor(y).astype(int), np.floor(x).astype(int)
+        y1, x1 = np.ceil(y).astype(int), np.ceil(x).astype(int)
+        fy, fx = y - y0, x - x0
+        steps = []
+        for part in displacement:
+            top = part[y0, x0] * (1 - fx) + part[y0, x1] * fx
+            bottom = part[y1, x0] * (1 - fx) + part[y1, x1] * fx
+            steps.append(top * (1 - fy) + bottom * fy)
+        y, x = np.clip(y + steps[0], 0, h - 1), np.clip(x + steps[1], 0, w - 1)
+    return np.stack([np.round(y), np.round(x)]).astype(np.int64)
 
 
 def detections(

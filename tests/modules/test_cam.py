@@ -2,8 +2,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
+from tests.modules.reference_cam import dense_reference
 from wsss_modules import (
     CAMHead,
     background_score,
@@ -111,16 +111,6 @@ def test_merge_flip_values() -> None:
     assert torch.equal(merge_flip(a, a.flip(-1)), 2 * a)
     assert torch.equal(merge_flip(a, a.flip(-1), reduce="mean"), a)
     assert torch.equal(merge_flip(a, a.flip(-1) / 2, reduce="max"), a)
-
-
-def dense_reference(maps, size, mirrored, grid):
-    """All classes of one image, as the papers write it."""
-    total = 0
-    for scale, flip in zip(maps, mirrored, strict=True):
-        large = F.interpolate(scale, grid, mode="bilinear", align_corners=False)
-        total = total + (large.flip(-1) if flip else large)
-    total = total[..., : size[0], : size[1]]
-    return total / (total.amax((2, 3), keepdim=True) + 1e-5)
 
 
 SCALES = [(4, 5), (2, 3), (6, 7), (8, 9)]

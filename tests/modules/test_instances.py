@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.modules.reference_instances import centroid_of, detections, flood_fill
+from tests.modules.reference_instances import centroid_of, centroids_numpy, detections, flood_fill
 from wsss_modules import cluster_centroids, connected_components, detect_instances, find_centroids
 
 
@@ -88,6 +88,13 @@ def test_centroids_equal_the_loop_over_cells(iterations: int, gain: float) -> No
     assert out.dtype == torch.int64
     # cycles amplify the rounding of the two orders of summation, so that single cells may differ
     assert (out.permute(1, 2, 0) == expected).double().mean() >= (1.0 if gain == 1.0 else 0.98)
+
+
+@pytest.mark.parametrize("iterations", [1, 100])
+def test_centroids_equal_the_released_form_on_large_fields(iterations: int) -> None:
+    field = 2.5 * smooth_field(32, 40)
+    expected = torch.from_numpy(centroids_numpy(field.numpy(), iterations))
+    assert (find_centroids(field, iterations) == expected).double().mean() >= 0.99  # float32 rounding at .5
 
 
 def test_centroids_of_a_zero_field_are_the_cells_themselves() -> None:
