@@ -1,0 +1,127 @@
+"""Every public loss, with inputs for each situation. A loss that is not in this table fails `test_common.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import wsss_losses as losses
+from wsss_modules import AffinityLabels, affinity_labels
+
+# What the images of a batch may lack. "typical" has everything.
+SITUATIONS = ("typical", "no_label", "all_ignored", "batch_1", "smallest")
+
+# Relative error of a result that is computed in float32 and rounded once to the dtype.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """One loss.
+
+    Args:
+        function: the functional form.
+        module: the class.
+        inputs: from a situation to the arguments, float64, on the CPU, the same at each call.
+        predictions: how many leading arguments are differentiable predictions.
+        options: keyword arguments of both forms, for small inputs.
+        zero_in: situations in which there is nothing to learn, so that the loss is exactly 0.
+        varies: further option sets for gradcheck, e.g. each reduction.
+        sync: the loss takes part in a distributed run with ``sync=True``.
+        data_dependent: why the loss can't be compiled to one graph, if so.
+    """
+
+    function: Callable[..., Any]
+    module: type[nn.Module]
+    inputs: Callable[[str], Sequence[Any]]
+    predictions: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+    zero_in: tuple[str, ...] = ("all_ignored",)
+    varies: tuple[Mapping[str, Any], ...] = ()
+    sync: bool = False
+    data_dependent: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+def total(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The value to minimise: the result itself, or the first of its terms."""
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def label_map(situation: str, height: int, width: int) -> Tensor:
+    """Mask (B, H, W) with two classes, background and ignored pixels."""
+    generator = torch.Generator().manual_seed(3)
+    if situation == "smallest":
+        height = width = 1
+    mask = torch.randint(0, 4, (1 if situation == "batch_1" else 2, height, width), generator=generator)
+    if situation == "no_label":
+        return torch.where(mask == 3, 255, 0)
+    if situation == "all_ignored":
+        return torch.full_like(mask, 255)
+    return torch.where(mask == 3, 255, mask)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _pair_affinity(situation: str) -> tuple[Tensor, AffinityLabels]:
+    labels = affinity_labels(label_map(situation, 5, 6), 3, border="full")
+    return torch.sigmoid(random(*labels.neg.shape, seed=1)), labels
+
+
+def _edge_and_mask(situation: str) -> tuple[Tensor, Tensor]:
+    mask = label_map(situation, 5, 8)
+    return random(len(mask), 1, *mask.shape[1:], seed=1), mask
+
+
+def _displacement_and_mask(situation: str) -> tuple[Tensor, Tensor]:
+    mask = label_map(situation, 5, 8)
+    return random(len(mask), 2, *mask.shape[1:], seed=2), mask
+
+
+def _irn_maps(situation: str) -> tuple[Tensor, Tensor, Tensor]:
+    return (*_edge_and_mask(situation)[:1], *_displacement_and_mask(situation))
+
+
+PAIR_OPTIONS = {"radius": 3}
+FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
+
+CASES = (
+    LossCase(losses.affinity_loss, losses.AffinityLoss, _pair_affinity, zero_in=("all_ignored", "smallest"), sync=True),
+    LossCase(
+        losses.boundary_affinity_loss,
+        losses.BoundaryAffinityLoss,
+        _edge_and_mask,
+        options=PAIR_OPTIONS,
+        zero_in=("all_ignored", "smallest"),
+        varies=(FULL_BORDER,),
+        sync=True,
+    ),
+    LossCase(
+        losses.displacement_loss,
+        losses.DisplacementLoss,
+        _displacement_and_mask,
+        options=PAIR_OPTIONS,
+        zero_in=("all_ignored", "smallest"),
+        varies=(FULL_BORDER,),
+        sync=True,
+    ),
+    LossCase(
+        losses.inter_pixel_relation_loss,
+        losses.InterPixelRelationLoss,
+        _irn_maps,
+        predictions=2,
+        options=PAIR_OPTIONS,
+        zero_in=("all_ignored", "smallest"),
+        varies=(FULL_BORDER,),
+        sync=True,
+    ),
+)
