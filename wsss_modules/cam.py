@@ -38,7 +38,7 @@ def normalize_cam(cam: Tensor, eps: float = 1e-5, *, subtract_min: bool = False)
 
     Args:
         cam: (..., H, W) floating point, at least 0 (apply ReLU first). A map of zeros stays zero, also with ``eps=0``;
-            negative values of a map keep their sign.
+            one that is negative everywhere is returned as it is.
         eps: Added to the maximum: 1e-5 in PSA, IRN, ReCAM, SIPE; 1e-8 in MCTformer and NSROM (with ``subtract_min``).
         subtract_min: Stretch to the full range [0, 1) (AFA, NSROM, MCTformer). A constant map becomes zero.
 
@@ -69,7 +69,7 @@ def normalize_cam(cam: Tensor, eps: float = 1e-5, *, subtract_min: bool = False)
     values = _at_least_float32(cam)
     if subtract_min:
         values = values - values.amin((-2, -1), keepdim=True)
-    scale = values.amax((-2, -1), keepdim=True).clamp(min=0) + eps
+    scale = values.amax((-2, -1), keepdim=True) + eps
     return (values / torch.where(scale > 0, scale, 1.0)).to(cam.dtype)
 
 

@@ -185,6 +185,12 @@ def test_detections_equal_the_loop_over_channels(seed: int, maps: int, min_area:
         assert (int(label), float(score)) == one[1:]
 
 
+def test_an_area_of_just_the_least_size_keeps_its_score() -> None:
+    scores = torch.zeros(1, 4, 10)
+    scores[0, 0, :4], scores[0, 2, :3] = 0.8, 0.9
+    assert detect_instances(scores, torch.tensor([1]), min_area=0.1).score.tolist() == [pytest.approx(0.8), 0.0]
+
+
 @pytest.mark.parametrize("scores", [torch.zeros(2, 5, 6), torch.full((2, 5, 6), float("nan")), torch.zeros(0, 5, 6)])
 def test_nothing_found_gives_empty_arrays(scores: Tensor) -> None:
     found = detect_instances(scores, torch.ones(len(scores), dtype=torch.int64))
