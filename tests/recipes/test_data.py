@@ -70,7 +70,7 @@ def test_classes_restrict_tags_and_masks_and_keep_voc_numbers(voc: Path) -> None
     np.testing.assert_array_equal(data.mask("b"), half_mask(SIZES["b"], 2))
     assert set(np.unique(data.mask("c"))) == {0, 255}  # chair counts as background, 255 stays
     assert data.out_of_distribution == ("c",)
-    assert any("1 images of the train list have no tag" in note for note in data.notes)
+    assert any("having no tag of these classes: 1." in note for note in data.notes)
 
 
 def test_image_set_survives_pickling(voc: Path) -> None:
@@ -388,7 +388,7 @@ def test_npz_columns_follow_the_data_set(real_voc: Path, tmp_path: Path) -> None
     data = load_dataset(f"voc:{real_voc}", labels=tmp_path / "cls_labels.npz", classes="cat,dog,chair")
     assert [data.labels(name).tolist() for name in "abc"] == np.eye(3).tolist()
     assert data.labels("v").tolist() == [1, 0, 0]
-    assert any("tags of 1 val images were read off their masks" in note for note in data.notes)
+    assert any("val whose tags were read off their masks, if they have any: 1." in note for note in data.notes)
 
 
 @pytest.mark.parametrize(

@@ -142,9 +142,7 @@ def load_coco(
     outside = {} if out_of_distribution is None else outside_images(Path(out_of_distribution), required=True)
     table = np.zeros(len(categories) + 1, dtype=np.uint8)
     table[list(keep)] = np.arange(1, len(keep) + 1)
-    notes = (
-        [f"{len(without):,} train images have no tag of these classes and are left out of train."] if without else []
-    )
+    notes = [f"Images left out of train, having no tag of these classes: {len(without):,}."] if without else []
     return ImageSet(
         name=name or f"coco:{root}",
         classes=chosen,

@@ -106,7 +106,7 @@ def load_folder(
     trusted = mask_files if seed_list is None else set(_read_names(seed_list, resolve, names, "seed_list"))
     notes = []
     if without:
-        notes.append(f"{len(without):,} photographs have no tag of these classes and are left out of train.")
+        notes.append(f"Photographs left out of train, having no tag of these classes: {len(without):,}.")
     if not mask_files:
         notes.append("There are no masks: nothing is measured.")
     outside = {} if out_of_distribution is None else outside_images(Path(out_of_distribution), required=True)

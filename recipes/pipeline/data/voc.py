@@ -117,10 +117,8 @@ def load_voc(
         raise ValueError(f"data: no image of the train list is tagged with any of {', '.join(names)}")
     outside = _outside(root, out_of_distribution)
     if untagged:
-        notes.append(
-            f"{len(untagged):,} images of the train list have no tag of these classes and are left out of train"
-            + (" (they are the out-of-distribution images)." if not outside else ".")
-        )
+        role = "" if outside else " They are the out-of-distribution images."
+        notes.append(f"Images left out of train, having no tag of these classes: {len(untagged):,}.{role}")
 
     if val and not any(image in masks for image in val):
         notes.append("The val images have no masks: the segmentation is not measured.")
@@ -258,7 +256,7 @@ def _find_tags(
         )
     rest = [image for image in images if image not in found]
     if found and rest:
-        notes.append(f"The tags of {len(rest):,} val images were read off their masks, where they have any.")
+        notes.append(f"Images of val whose tags were read off their masks, if they have any: {len(rest):,}.")
     for image in rest:
         mask = masks.masks.get(image)
         values = np.unique(read_mask(mask)).tolist() if mask is not None else []

@@ -156,9 +156,13 @@ def _compose(
     return Picture(_photograph(canvas), mask, objects, _saliency(canvas), scene), clear
 
 
-def _body_texture(rng: np.random.Generator, size: tuple[int, int], animal: bool, half: float) -> np.ndarray:
+def _body_texture(rng: np.random.Generator, size: tuple[int, int], name: str, half: float) -> np.ndarray:
+    animal = name in ANIMALS
     pool = _COATS if animal else _PAINTS
     first, second = rng.choice(len(pool), 2, replace=False)
+    if rng.random() < 0.5:  # in half of the pictures one of the two colours that a class has more often than others
+        family = [other for other in CLASSES if (other in ANIMALS) == animal]
+        first = 2 * family.index(name) + rng.integers(2)
     base, other = jitter(rng, pool[first]), jitter(rng, pool[second])
     kind = rng.integers(3)
     y, x = grid(size)
@@ -194,7 +198,7 @@ def _put_object(
     covers = [coverage(size, [place(p) for p in layer.polygons]) for layer in layers]
     alpha = np.maximum.reduce(covers)
     _cast_shadow(canvas, half, x, ground)
-    texture = _body_texture(rng, size, name in ANIMALS, half)
+    texture = _body_texture(rng, size, name, half)
     height = blur(alpha, max(1.5, half * 0.16))
     slope_y, slope_x = np.gradient(height)
     relief = 1 + (half * (0.55 * slope_y + 0.25 * slope_x)).clip(-0.45, 0.4)  # lit from above left

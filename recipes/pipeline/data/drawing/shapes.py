@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,14 @@ from recipes.pipeline.data.drawing.brushes import Color, Points, box, ellipse, j
 
 CLASSES = ("boat", "cow", "fox", "ram", "tractor", "tram")
 ANIMALS = ("cow", "fox", "ram")
+_PART_MIDDLES = {
+    "boat": (0.62, 0.1),
+    "cow": (0.95, -0.55),
+    "fox": (0.95, -0.55),
+    "ram": (0.95, -0.55),
+    "tractor": (0.62, 0.6),
+    "tram": (0.75, 0.2),
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,14 @@ class Layer:
 
 def shape(name: str, rng: np.random.Generator) -> list[Layer]:
     """Layers of an object of the class, from back to front."""
-    return _SHAPES[name](rng)
+    return [_enlarged(layer, _PART_MIDDLES[name]) if layer.is_part else layer for layer in _SHAPES[name](rng)]
+
+
+def _enlarged(layer: Layer, middle: tuple[float, float], scale: float = 1.18) -> Layer:
+    # the parts are drawn to the body's scale and shown a little larger, to be seen at a hundred pixels
+    u, v = middle
+    polygons = tuple([(u + scale * (x - u), v + scale * (y - v)) for x, y in polygon] for polygon in layer.polygons)
+    return replace(layer, polygons=polygons)
 
 
 def _part(paint: Color | None, *polygons: Points, shade: float = 1.0) -> Layer:
