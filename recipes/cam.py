@@ -45,7 +45,7 @@ PRESETS = {
     "demo": Config(),
     "small": Config(classify=CLASSIFY["small"], cams=CAMS["small"], threshold=0.25, segment=SEGMENT["small"]),
     "paper": Config(classify=CLASSIFY["paper"], cams=CAMS["paper"], segment=SEGMENT["paper"]),
-    "tiny": Config(classify=CLASSIFY["tiny"], cams=CAMS["tiny"], segment=SEGMENT["tiny"]),
+    "tiny": Config(data="demo:tiny", classify=CLASSIFY["tiny"], cams=CAMS["tiny"], segment=SEGMENT["tiny"]),
 }
 
 

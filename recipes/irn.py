@@ -135,13 +135,13 @@ def write_confident_labels(run: Run, config: RelationConfig) -> None:
     def mask_of(name: str) -> Tensor:
         stored = read_cam(run, name)
         return confident_label_from_cam(
-            torch.from_numpy(stored.cam),
-            image_tensor(run.dataset.image(name)),
+            torch.from_numpy(stored.cam)[None],
+            image_tensor(run.dataset.image(name))[None],
             fg=config.foreground,
             bg=config.background,
             keys=torch.from_numpy(stored.keys),
             crf=crf,
-        )
+        )[0]
 
     write_masks(run, run.train, mask_of, "ir_label")
 
@@ -246,9 +246,10 @@ PRESETS = {
         segment=SEGMENT["paper"],
     ),
     "tiny": Config(
+        data="demo:tiny",
         classify=CLASSIFY["tiny"],
         cams=CAMS["tiny"],
-        relation=RelationConfig(weights="random", schedule=Schedule(epochs=1, batch_size=4, lr=0.1, head_lr=1.0)),
+        relation=RelationConfig(schedule=Schedule(epochs=1, batch_size=4, lr=0.1, head_lr=1.0)),
         instances=True,
         segment=SEGMENT["tiny"],
     ),

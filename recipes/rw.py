@@ -248,6 +248,7 @@ PRESETS = {
         segment=SEGMENT["paper"],
     ),
     "tiny": Config(
+        data="demo:tiny",
         classify=CLASSIFY["tiny"],
         cams=CAMS["tiny"],
         affinity=AffinityConfig(schedule=Schedule(epochs=1, batch_size=4, lr=0.01, head_lr=0.1)),

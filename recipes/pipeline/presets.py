@@ -37,9 +37,7 @@ CLASSIFY = {
         schedule=Schedule(epochs=5, batch_size=16, lr=0.1, head_lr=1.0, momentum=1e-4),
     ),
 }
-CLASSIFY["tiny"] = replace(
-    CLASSIFY["demo"], weights="random", schedule=replace(CLASSIFY["demo"].schedule, epochs=1, batch_size=4)
-)
+CLASSIFY["tiny"] = replace(CLASSIFY["demo"], schedule=replace(CLASSIFY["demo"].schedule, epochs=1, batch_size=4))
 
 CAMS = {
     "demo": CamConfig(scales=(1.0, 1.5, 2.0)),
@@ -69,7 +67,6 @@ SEGMENT = {
 }
 SEGMENT["tiny"] = replace(
     SEGMENT["demo"],
-    weights="random",
     crop=64,
     schedule=replace(SEGMENT["demo"].schedule, epochs=1, batch_size=4),
     test_scales=(1.0,),

@@ -176,10 +176,12 @@ def _save(path: Any, model: nn.Module, **state: Any) -> None:
 
 
 def _terms(output: Any) -> dict[str, float]:
-    if isinstance(output, Tensor):
-        return {"loss": output.item()}
-    names = ["loss", *output._fields[1:]]
-    return {name: float(value) for name, value in zip(names, output, strict=True)}
+    named = (
+        {"loss": output}
+        if isinstance(output, Tensor)
+        else {"loss": output[0], **dict(zip(output._fields[1:], output[1:], strict=True))}
+    )
+    return {name: value.detach().item() for name, value in named.items()}
 
 
 def _seed(run: Run, *parts: object) -> int:
