@@ -138,55 +138,16 @@ class PermutohedralLattice:
         )
 
     def _build(self, features: Tensor) -> None:
-        batch, points, d = features.shape
-        columns = _elevate(features.reshape(batch * points, d))  # d + 1 columns (L,), in units of d + 1; they sum to 0
-        cells = [column.floor() for column in columns]
-        bounds = torch.stack([torch.stack(torch.aminmax(cell)) for cell in cells]).tolist()
-        if not all(math.isfinite(bound) for pair in bounds for bound in pair):
-            raise ValueError("features: expected finite values, got NaN or infinity")
-        stride, block = _strides(bounds)
-        if batch * (d + 1) * block > torch.iinfo(torch.int64).max:
-            raise ValueError(
-                f"features: expected a span that int64 can number, got {block:.1e} cells; divide by larger deviations"
-            )
-        # Fewer and shorter digits to sort: int32 wherever it can hold the keys.
-        key_dtype = torch.int32 if batch * (d + 1) * block <= torch.iinfo(torch.int32).max else torch.int64
-
-        # The enclosing simplex. With x = cell + fraction, its vertices are cell + 1 on the j coordinates of largest
-        # fraction, j = 0..d, each moved along (1, .., 1) to the plane sum = 0 (Freudenthal's triangulation).
-        # Ties go to the lower coordinate: vertices of weight 0 count, since they carry the blur.
-        fraction = torch.stack([x - cell for x, cell in zip(columns, cells, strict=True)], 1)
-        fraction, coordinate = fraction.sort(descending=True, stable=True)
-        weight = torch.empty_like(fraction)  # (L, d + 1) barycentric
-        weight[:, 0] = 1 - fraction[:, 0] + fraction[:, d]
-        weight[:, 1:] = fraction[:, :-1] - fraction[:, 1:]
-        deficit = -torch.stack(cells).sum(0).to(key_dtype)  # (L,) number of coordinates to raise, 0..d+1
-        running = torch.zeros_like(deficit)
-        for cell, (least, _), step in zip(cells, bounds, stride, strict=True):
-            running += (cell - (least - 2)).to(key_dtype) * step
-        if batch > 1:
-            image = torch.arange(batch, device=features.device, dtype=key_dtype)
-            running += (image * ((d + 1) * block)).repeat_interleave(points)
-        step_of = torch.tensor(stride, device=features.device, dtype=key_dtype)
-        steps = step_of.index_select(0, coordinate.flatten()).view_as(coordinate)
-        key = torch.empty_like(steps)
-        wrap = (d + 1) * block - sum(stride)
-        for j in range(d + 1):
-            remainder = deficit - j
-            key[:, j] = (
-                running + remainder * block + ((remainder < 0).to(key_dtype) - (remainder > d).to(key_dtype)) * wrap
-            )
-            running += steps[:, j]
-        self._number(key, weight, stride, block)
-
-    def _number(self, key: Tensor, weight: Tensor, stride: list[int], block: int) -> None:
         """Number the vertices in the order of their keys; set the tables of splat, blur and slice."""
+        key, weight, stride, block = _simplices(features)
         d = self.dimensions
         size, device = key.numel(), key.device
         index = torch.int32 if size < torch.iinfo(torch.int32).max else torch.int64
         ordered, order = key.flatten().sort(stable=True)
+        del key
         vertex, number, count = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
         number = number.to(index)
+        del ordered
         total = vertex.numel()  # M
         self._slice_vertex = torch.empty(size, dtype=index, device=device).scatter_(0, order, number).view(-1, d + 1)
         self._slice_weight = weight
@@ -200,7 +161,7 @@ class PermutohedralLattice:
         # A step along axis a adds 1 to every coordinate and takes d + 1 from coordinate a: it leads to the next
         # remainder class, or from the last class to class 0 one cell up.
         last = torch.div(vertex, block, rounding_mode="floor") % (d + 1) == d
-        rise = torch.where(last, sum(stride) - d * block, block)
+        rise = torch.where(last, sum(stride) - d * block, block).to(vertex.dtype)
         self._neighbours = torch.full((d + 1, 2, total + 1), total, dtype=index, device=device)
         own = torch.arange(total, dtype=index, device=device)
         for axis, step in enumerate(stride):
@@ -227,6 +188,53 @@ class _LatticeFilter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return _LatticeFilter.apply(grads[0], ctx.lattice, not ctx.reverse), None, None
+
+
+def _simplices(features: Tensor) -> tuple[Tensor, Tensor, list[int], int]:
+    """The simplex around each of the (B, N, d) points.
+
+    Returns:
+        (L, d + 1) keys of its vertices and their barycentric weights; the strides of the coordinates in a key, and the
+        number of keys of a remainder class. From the most significant: image, remainder class, cell.
+    """
+    batch, points, d = features.shape
+    columns = _elevate(features.reshape(batch * points, d))  # d + 1 columns (L,), in units of d + 1; they sum to 0
+    cells = [column.floor() for column in columns]
+    bounds = torch.stack([torch.stack(torch.aminmax(cell)) for cell in cells]).tolist()
+    if not all(math.isfinite(bound) for pair in bounds for bound in pair):
+        raise ValueError("features: expected finite values, got NaN or infinity")
+    stride, block = _strides(bounds)
+    if batch * (d + 1) * block > torch.iinfo(torch.int64).max:
+        raise ValueError(
+            f"features: expected a span that int64 can number, got {block:.1e} cells; divide by larger deviations"
+        )
+    # Fewer and shorter digits to sort: int32 wherever it can hold the keys.
+    key_dtype = torch.int32 if batch * (d + 1) * block <= torch.iinfo(torch.int32).max else torch.int64
+
+    # The enclosing simplex. With x = cell + fraction, its vertices are cell + 1 on the j coordinates of largest
+    # fraction, j = 0..d, each moved along (1, .., 1) to the plane sum = 0 (Freudenthal's triangulation).
+    # Ties go to the lower coordinate: vertices of weight 0 count, since they carry the blur.
+    fraction = torch.stack([x - cell for x, cell in zip(columns, cells, strict=True)], 1)
+    fraction, coordinate = fraction.sort(descending=True, stable=True)
+    weight = torch.empty_like(fraction)  # (L, d + 1) barycentric
+    weight[:, 0] = 1 - fraction[:, 0] + fraction[:, d]
+    weight[:, 1:] = fraction[:, :-1] - fraction[:, 1:]
+    deficit = -torch.stack(cells).sum(0).to(key_dtype)  # (L,) number of coordinates to raise, 0..d+1
+    running = torch.zeros_like(deficit)
+    for cell, (least, _), step in zip(cells, bounds, stride, strict=True):
+        running += (cell - (least - 2)).to(key_dtype) * step
+    if batch > 1:
+        image = torch.arange(batch, device=features.device, dtype=key_dtype)
+        running += (image * ((d + 1) * block)).repeat_interleave(points)
+    step_of = torch.tensor(stride, device=features.device, dtype=key_dtype)
+    steps = step_of.index_select(0, coordinate.flatten()).view_as(coordinate)
+    key = torch.empty_like(steps)
+    wrap = (d + 1) * block - sum(stride)
+    for j in range(d + 1):
+        remainder = deficit - j
+        key[:, j] = running + remainder * block + ((remainder < 0).to(key_dtype) - (remainder > d).to(key_dtype)) * wrap
+        running += steps[:, j]
+    return key, weight, stride, block
 
 
 def _elevate(points: Tensor) -> list[Tensor]:
