@@ -1,8 +1,8 @@
 """Time and peak memory of the dense CRF beside pydensecrf2 (if installed) and the dense N x N form.
 
 ``python -m tests.benchmarks.bench_dense_crf [--threads 2] [--json FILE]``. Calls take turns, so that a slow spell of
-the machine falls on all of them. Images are photographs if they are at hand, else procedural. On a CPU a peak counts only
-what the process had not held before: a row that follows a larger one shows less than it would alone.
+the machine falls on all of them. Images are photographs if they are at hand, else procedural. On a CPU a peak counts
+only what the process had not held before: a row that follows a larger one shows less than it would alone.
 """
 
 import argparse
