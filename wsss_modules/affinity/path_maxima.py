@@ -71,9 +71,10 @@ def path_maxima_grad(edge: Tensor, maxima: list[Tensor], grads: list[Tensor], ra
     for p in range(len(offsets) - 1, -1, -1):
         rest = grads[p]
         for piece in covers[p][:-1]:
-            wins = _part(edge, maxima, piece, offsets[p]) == maxima[p]
-            _part(grad_edge, grads, piece, offsets[p]).add_(torch.where(wins, rest, 0))
-            rest = torch.where(wins, 0, rest)
+            part = _part(edge, maxima, piece, offsets[p])
+            share = torch.eq(part, maxima[p], out=torch.empty_like(rest)).mul_(rest)  # all or nothing
+            _part(grad_edge, grads, piece, offsets[p]).add_(share)
+            rest = rest - share
         _part(grad_edge, grads, covers[p][-1], offsets[p]).add_(rest)
     return grad_edge
 
