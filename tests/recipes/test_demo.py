@@ -124,7 +124,7 @@ def load_in_process(cache: str) -> int:
 def test_two_processes_may_draw_the_demo_at_once(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(load_in_process, [str(tmp_path)] * 2) == [13, 13]
-    assert [path.name for path in tmp_path.iterdir()] == ["demo-v2-6+1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-v3-6+1"]
 
 
 def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

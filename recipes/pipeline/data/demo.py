@@ -19,7 +19,7 @@ from recipes.pipeline.data.cache import cached
 from recipes.pipeline.data.drawing import CLASSES, SCENES, Picture, draw_picture
 from recipes.pipeline.data.image_set import voc_palette
 
-_VERSION = 2  # to be raised with every change of what is drawn
+_VERSION = 3  # to be raised with every change of what is drawn
 _SIZES = ((96, 128), (112, 128), (128, 112), (128, 128), (104, 120), (120, 96))  # (H, W)
 _PLACES = {
     "lake": "on a lake",

@@ -121,7 +121,7 @@ def _compose(
     canvas = _Canvas(rng, landscape(rng, scene, size, horizon), horizon)
     # things further up the ground are further away: they are smaller and are drawn first
     count = len(classes)
-    biggest = {0: 0.0, 1: 0.34, 2: 0.27}.get(count, 0.21)
+    biggest = {0: 0.0, 1: 0.40, 2: 0.30}.get(count, 0.24)
     slots = rng.permutation(count)
     things = []
     for number, index in enumerate(classes, start=1):

@@ -15,13 +15,14 @@ from recipes.pipeline.data.drawing.brushes import Color, Points, box, ellipse, j
 
 CLASSES = ("boat", "cow", "fox", "ram", "tractor", "tram")
 ANIMALS = ("cow", "fox", "ram")
-_PART_MIDDLES = {
-    "boat": (0.62, 0.1),
-    "cow": (0.95, -0.55),
-    "fox": (0.95, -0.55),
-    "ram": (0.95, -0.55),
-    "tractor": (0.62, 0.6),
-    "tram": (0.75, 0.2),
+# where the parts are drawn, and where they are put: well inside the outline, so that what lies around them is body
+_PART_PLACES = {
+    "boat": ((0.62, 0.1), (0.30, 0.22)),
+    "cow": ((0.95, -0.55), (0.62, -0.38)),
+    "fox": ((0.95, -0.55), (0.62, -0.38)),
+    "ram": ((0.95, -0.55), (0.62, -0.38)),
+    "tractor": ((0.62, 0.6), (0.40, 0.50)),
+    "tram": ((0.75, 0.2), (0.42, 0.2)),
 }
 
 
@@ -44,13 +45,16 @@ class Layer:
 
 def shape(name: str, rng: np.random.Generator) -> list[Layer]:
     """Layers of an object of the class, from back to front."""
-    return [_enlarged(layer, _PART_MIDDLES[name]) if layer.is_part else layer for layer in _SHAPES[name](rng)]
+    drawn, put = _PART_PLACES[name]
+    return [_moved(layer, drawn, put) if layer.is_part else layer for layer in _SHAPES[name](rng)]
 
 
-def _enlarged(layer: Layer, middle: tuple[float, float], scale: float = 1.18) -> Layer:
-    # the parts are drawn to the body's scale and shown a little larger, to be seen at a hundred pixels
-    u, v = middle
-    polygons = tuple([(u + scale * (x - u), v + scale * (y - v)) for x, y in polygon] for polygon in layer.polygons)
+def _moved(layer: Layer, drawn: tuple[float, float], put: tuple[float, float], scale: float = 1.18) -> Layer:
+    # a little larger than drawn, to be seen at a hundred pixels
+    polygons = tuple(
+        [(put[0] + scale * (x - drawn[0]), put[1] + scale * (y - drawn[1])) for x, y in polygon]
+        for polygon in layer.polygons
+    )
     return replace(layer, polygons=polygons)
 
 
@@ -79,7 +83,7 @@ def _animal(rng: np.random.Generator) -> list[Layer]:
             (-0.94, 0.22 + j[8]),
         ]
     )
-    neck: Points = [(0.5, -0.42), (0.92, -0.82), (1.22, -0.5), (0.86, 0.12)]
+    neck: Points = [(0.4, -0.42), (0.62, -0.66), (0.96, -0.5), (0.86, 0.12)]
     lift = rng.uniform(-0.25, 0.35)
     tail = smooth([(-0.9, -0.3), (-1.18, -0.1 - lift), (-1.42, 0.06 - lift * 1.6), (-1.3, 0.2 - lift), (-0.98, 0.06)])
     return [Layer(tuple(far_legs), None, 0.72), Layer((*legs, torso, neck, tail), None)]
