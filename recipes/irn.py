@@ -161,7 +161,7 @@ def train_relations(run: Run, config: RelationConfig) -> IRNet:
 
     groups = two_speed_groups(model, [model.head.displacement], config.schedule)
     fit(run, "relations", model, crops, loss_of, groups, config.schedule)
-    return model.to(memory_format=torch.channels_last)
+    return model
 
 
 def relations_of(run: Run, model: IRNet, name: str) -> EdgeDisplacement:

@@ -51,7 +51,7 @@ SEGMENT = {
         scale=(0.75, 1.5), crop=128, schedule=Schedule(epochs=6, batch_size=16, lr=0.01, head_lr=0.1)
     ),
     "small": SegmentConfig(
-        frozen_stages=3, scale=(0.5, 1.0), crop=256, schedule=Schedule(epochs=5, batch_size=16, lr=0.01, head_lr=0.1)
+        frozen_stages=4, scale=(0.5, 1.0), crop=224, schedule=Schedule(epochs=4, batch_size=16, lr=0.01, head_lr=0.1)
     ),
     "paper": SegmentConfig(
         architecture="deeplabv2",

@@ -1,7 +1,7 @@
 """A run: its options, its devices, its folder on disk, its stages.
 
-A stage either trains (its checkpoint under ``checkpoints/`` marks it done) or writes one file an image (the files mark it
-done). Every file is written under a temporary name and renamed, so that a run killed at any point and started again
+A stage either trains (its checkpoint under ``checkpoints/`` marks it done) or writes one file an image (the files mark
+it done). Every file is written under a temporary name and renamed, so that a run killed at any point and started again
 with the same command goes on where it was and ends with the same result.
 """
 
@@ -175,18 +175,17 @@ class Run:
         self.fabric.barrier()  # nobody starts to write before all have seen what is missing
         mine = todo[self.fabric.global_rank :: self.fabric.world_size]
         threads = max(1, self.config.workers)
-        before = torch.get_num_threads()
-        torch.set_num_threads(max(1, before // threads))
+        cores = torch.get_num_threads()
+        torch.set_num_threads(max(1, cores // threads))
+        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(max(1, cores // threads),))
         try:
-            with (
-                self.progress() as progress,
-                ThreadPoolExecutor(threads, initializer=_one_share, initargs=(before // threads,)) as pool,
-            ):
+            with self.progress() as progress:
                 bar = progress.add_task("images", total=len(names), completed=len(names) - len(todo))
                 for _ in pool.map(work, mine):
                     progress.advance(bar, self.fabric.world_size)
         finally:
-            torch.set_num_threads(before)
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, only what is under way is finished
+            torch.set_num_threads(cores)
         self.fabric.barrier()
 
     def progress(self) -> Progress:
@@ -340,7 +339,3 @@ class _PeakMemory(threading.Thread):
         self.join()
         if torch.cuda.is_available():
             self.peak_mb = round(torch.cuda.max_memory_allocated() / 1e6, 1)
-
-
-def _one_share(threads: int) -> None:
-    torch.set_num_threads(max(1, threads))

@@ -110,7 +110,7 @@ def fit(
     """
     final, partial = run.path("checkpoints", f"{stage}.pt"), run.path("checkpoints", f"{stage}.partial.pt")
     device, fabric = run.fabric.device, run.fabric
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last)  # a third less time on a CPU, and what tensor cores want
     if final.exists():
         model.load_state_dict(torch.load(final, map_location=device, weights_only=True)["model"])
         return model.eval()
@@ -135,7 +135,7 @@ def fit(
         bar = progress.add_task(stage, total=steps, completed=done)
         for step, batch in zip(range(done, steps), batches, strict=True):
             torch.manual_seed(_seed(run, stage, "step", step, fabric.global_rank))
-            output = loss_of(wrapped, fabric.to_device(batch))
+            output = loss_of(wrapped, fabric.to_device({key: _channels_last(value) for key, value in batch.items()}))
             total = output if isinstance(output, Tensor) else output[0]
             optimizer.zero_grad(set_to_none=True)
             fabric.backward(total)
@@ -168,6 +168,10 @@ def fit(
         partial.unlink(missing_ok=True)
     fabric.barrier()
     return model.eval()
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
 def _save(path: Any, model: nn.Module, **state: Any) -> None:
