@@ -1,4 +1,4 @@
-"""The built-in demo set: drawn pictures in VOC layout, made on first use in a few seconds, the same on every machine.
+"""The built-in demo set: drawn pictures in VOC layout, made on first use in a few seconds, the same from run to run.
 
 Six classes, several in one picture, each with a small telling part on a body shared with other classes, and with a
 landscape of its own that it is seen in about three times in five. There are masks, boxes, saliency maps that are
