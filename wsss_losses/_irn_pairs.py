@@ -71,7 +71,11 @@ def _chunks(batch: int, step: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, batch, step)]
 
 
-@torch.library.custom_op("wsss::irn_pair_counts", mutates_args=())
+@torch.library.custom_op(
+    "wsss::irn_pair_counts",
+    mutates_args=(),
+    schema="(Tensor mask, int radius, bool full) -> Tensor",
+)
 def pair_counts(mask: Tensor, radius: int, full: bool) -> Tensor:
     """Number of pairs in the groups bg_pos, fg_pos, neg: (3,) int64, from :func:`hide_ignored`'s mask (B, H, W)."""
     counts = torch.zeros(3, dtype=torch.int64, device=mask.device)
@@ -88,12 +92,16 @@ def _(mask: Tensor, radius: int, full: bool) -> Tensor:
     return mask.new_empty(3, dtype=torch.int64)
 
 
-@torch.library.custom_op("wsss::irn_boundary_costs", mutates_args=())
+@torch.library.custom_op(
+    "wsss::irn_boundary_costs",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor mask, int radius, bool full, float eps) -> Tensor",
+)
 def boundary_costs(logits: Tensor, mask: Tensor, radius: int, full: bool, eps: float) -> Tensor:
-    """Sums of -log(a + eps) over bg_pos and fg_pos and of -log(1 - a + eps) over neg: (3,).
+    """Sums of -log(a + eps) over bg_pos and fg_pos and of -log(1 + eps - a) over neg: (3,).
 
-    ``logits`` (B, H, W) are those of the boundary; ``a = 1 - sigmoid(max over the path)``. The maximum is taken before
-    the sigmoid, and ``a`` and ``1 - a`` are each a sigmoid of its own, so that a saturated logit keeps its gradient.
+    ``logits`` (B, H, W) are those of the boundary; ``a = 1 - sigmoid(max over the path)``. In backward ``a`` and
+    ``1 - a`` are each a sigmoid of its own, so that a saturated logit keeps its gradient.
     """
     costs = logits.new_zeros(3)
     size = (logits.shape[1], logits.shape[2])
@@ -102,8 +110,9 @@ def boundary_costs(logits: Tensor, mask: Tensor, radius: int, full: bool, eps: f
         maps = _Mask(mask[chunk], logits.dtype)
         for offset, maxima in zip(offsets, path_maxima_maps(logits[chunk], radius), strict=True):
             groups = maps.groups(_boxes(offset, size, radius, full))
-            gain = _wanted_logit(_at(maxima, corner_box(offset, size, radius, full)[1]), groups)
-            gain.sigmoid_().add_(eps).log_()
+            a = 1 - torch.sigmoid(_at(maxima, corner_box(offset, size, radius, full)[1]))
+            # a + eps, or (1 + eps) - a in neg: rounded as in affinity_loss
+            gain = (1 - 2 * groups.neg).mul_(a).add_(groups.neg + eps).log_()
             costs -= torch.stack([(gain * group).sum() for group in groups])
     return costs
 
@@ -113,7 +122,11 @@ def _(logits: Tensor, mask: Tensor, radius: int, full: bool, eps: float) -> Tens
     return logits.new_empty(3)
 
 
-@torch.library.custom_op("wsss::irn_boundary_costs_backward", mutates_args=())
+@torch.library.custom_op(
+    "wsss::irn_boundary_costs_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor logits, Tensor mask, int radius, bool full, float eps) -> Tensor",
+)
 def boundary_costs_backward(grad: Tensor, logits: Tensor, mask: Tensor, radius: int, full: bool, eps: float) -> Tensor:
     """Gradient of :func:`boundary_costs` with respect to ``logits``, from ``grad`` (3,)."""
     result = torch.empty_like(logits)
@@ -126,7 +139,7 @@ def boundary_costs_backward(grad: Tensor, logits: Tensor, mask: Tensor, radius: 
         for offset, maxima, into in zip(offsets, maps, grads, strict=True):
             groups = known.groups(_boxes(offset, size, radius, full))
             corner = corner_box(offset, size, radius, full)[1]
-            wanted = _wanted_logit(_at(maxima, corner), groups)
+            wanted = (2 * groups.neg).sub_(1).mul_(_at(maxima, corner))  # logit of a boundary in neg, of none elsewhere
             share = torch.sigmoid(wanted)
             slope = wanted.neg_().sigmoid_().mul_(share).div_(share.add_(eps))  # of -log(share + eps), by -wanted
             torch.mul(slope, _weigh(groups, slopes), out=_at(into, corner))
@@ -139,7 +152,11 @@ def _(grad: Tensor, logits: Tensor, mask: Tensor, radius: int, full: bool, eps: 
     return torch.empty_like(logits)
 
 
-@torch.library.custom_op("wsss::irn_displacement_costs", mutates_args=())
+@torch.library.custom_op(
+    "wsss::irn_displacement_costs",
+    mutates_args=(),
+    schema="(Tensor displacement, Tensor mask, int radius, bool full) -> Tensor",
+)
 def displacement_costs(displacement: Tensor, mask: Tensor, radius: int, full: bool) -> Tensor:
     """Sums of |delta| over bg_pos and of |delta - offset| over fg_pos, both components: (2,).
 
@@ -160,7 +177,11 @@ def _(displacement: Tensor, mask: Tensor, radius: int, full: bool) -> Tensor:
     return displacement.new_empty(2)
 
 
-@torch.library.custom_op("wsss::irn_displacement_costs_backward", mutates_args=())
+@torch.library.custom_op(
+    "wsss::irn_displacement_costs_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor displacement, Tensor mask, int radius, bool full) -> Tensor",
+)
 def displacement_costs_backward(grad: Tensor, displacement: Tensor, mask: Tensor, radius: int, full: bool) -> Tensor:
     """Gradient of :func:`displacement_costs` with respect to ``displacement``, from ``grad`` (2,)."""
     result = torch.zeros_like(displacement)
@@ -179,11 +200,6 @@ def displacement_costs_backward(grad: Tensor, displacement: Tensor, mask: Tensor
 @displacement_costs_backward.register_fake
 def _(grad: Tensor, displacement: Tensor, mask: Tensor, radius: int, full: bool) -> Tensor:
     return torch.empty_like(displacement)
-
-
-def _wanted_logit(largest: Tensor, groups: _Groups) -> Tensor:
-    """Logit of what a pair should have on its path: a boundary in neg, none elsewhere."""
-    return groups.neg.mul(2).sub_(1).mul_(largest)
 
 
 def _displacement_error(displacement: Tensor, offset: Offset, boxes: _Boxes, groups: _Groups) -> Tensor:

@@ -153,7 +153,12 @@ def _polynomial(stencil: _Stencil, x: Tensor, recurrence: _Recurrence) -> Tensor
     return total
 
 
-@torch.library.custom_op("wsss::stencil_walk", mutates_args=())
+# schemas are written out: whether they can be read from string annotations depends on the version of torch
+@torch.library.custom_op(
+    "wsss::stencil_walk",
+    mutates_args=(),
+    schema="(Tensor x, Tensor values, int[] offsets, int n_steps, float[] weights) -> Tensor",
+)
 def stencil_walk(x: Tensor, values: Tensor, offsets: list[int], n_steps: int, weights: list[float]) -> Tensor:
     """Walk maps ``x`` (B, C, H, W) over affinities ``values`` (B, P, H, W).
 
@@ -170,7 +175,12 @@ def _(x: Tensor, values: Tensor, offsets: list[int], n_steps: int, weights: list
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("wsss::stencil_walk_backward", mutates_args=())
+@torch.library.custom_op(
+    "wsss::stencil_walk_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor values, int[] offsets, int n_steps, float[] weights, bool for_values) "
+    "-> (Tensor, Tensor)",
+)
 def stencil_walk_backward(
     grad: Tensor, x: Tensor, values: Tensor, offsets: list[int], n_steps: int, weights: list[float], for_values: bool
 ) -> tuple[Tensor, Tensor]:

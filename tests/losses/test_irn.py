@@ -132,6 +132,30 @@ def test_num_classes_21_is_the_released_rule() -> None:
     torch.testing.assert_close(other, ours)
 
 
+@pytest.mark.parametrize("magnitude", [1.0, 8.0, 25.0])
+def test_fused_float32_loss_equals_the_loss_of_pairs_up_to_saturation(magnitude: float) -> None:
+    logits, _, mask = random_maps(2, 6, 9)
+    leaf = (logits.detach() * magnitude).float().requires_grad_()
+    fused = boundary_affinity_loss(leaf, mask, radius=4)
+    pairs = affinity_loss(edge_to_affinity(torch.sigmoid(leaf), 4), affinity_labels(mask, 4, order="path"))
+    torch.testing.assert_close(fused, pairs, rtol=2e-6, atol=1e-8)
+    never = torch.full_like(leaf, -30.0)
+    fused = boundary_affinity_loss(never, mask, radius=4).neg
+    torch.testing.assert_close(fused, -torch.tensor(1 + 1e-5).sub(1).log(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.slow
+def test_loss_compiles_with_the_default_compiler() -> None:
+    logits, displacement, mask = random_maps(2, 5, 7)
+    options = {"radius": 4}
+    compiled = torch.compile(inter_pixel_relation_loss, fullgraph=True)
+    result = compiled(logits, displacement, mask, **options)
+    expected = inter_pixel_relation_loss(logits, displacement, mask, **options)
+    torch.testing.assert_close(result, expected)
+    leaves = (logits, displacement)
+    torch.testing.assert_close(torch.autograd.grad(result.total, leaves), torch.autograd.grad(expected.total, leaves))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
 def test_masks_of_any_integer_type(dtype: torch.dtype) -> None:
     logits, displacement, mask = random_maps(1, 6, 9)

@@ -174,7 +174,11 @@ class AffinityHead(nn.Module):
         self.load_state_dict({key: value for key, value in named if key is not None})
 
 
-@torch.library.custom_op("wsss::pair_l1_distance", mutates_args=())
+@torch.library.custom_op(
+    "wsss::pair_l1_distance",
+    mutates_args=(),
+    schema="(Tensor features, int radius, bool full) -> Tensor",
+)
 def pair_l1_distance(features: Tensor, radius: int, full: bool) -> Tensor:
     """Sum over channels of |f_source - f_destination|: (B, P, n); 0 where the partner is outside."""
     batch, _, height, width = features.shape
@@ -197,7 +201,11 @@ def _(features: Tensor, radius: int, full: bool) -> Tensor:
     return features.new_empty((features.shape[0], len(affinity_offsets(radius)), n_sources))
 
 
-@torch.library.custom_op("wsss::pair_l1_distance_backward", mutates_args=())
+@torch.library.custom_op(
+    "wsss::pair_l1_distance_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor features, int radius, bool full) -> Tensor",
+)
 def pair_l1_distance_backward(grad: Tensor, features: Tensor, radius: int, full: bool) -> Tensor:
     """Gradient of :func:`pair_l1_distance`; the signs are computed again."""
     height, width = features.shape[2:]

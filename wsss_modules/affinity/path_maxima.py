@@ -108,7 +108,11 @@ def path_cover(radius: int) -> tuple[tuple[Piece, ...], ...]:
     return tuple(covers)
 
 
-@torch.library.custom_op("wsss::path_maxima", mutates_args=())
+@torch.library.custom_op(
+    "wsss::path_maxima",
+    mutates_args=(),
+    schema="(Tensor edge, int radius, bool full) -> Tensor",
+)
 def path_maxima(edge: Tensor, radius: int, full: bool) -> Tensor:
     """Maximum of ``edge`` (B, H, W) along each path: (B, P, h, w) over the sources; 1 where the partner is outside."""
     batch, height, width = edge.shape
@@ -130,7 +134,11 @@ def _(edge: Tensor, radius: int, full: bool) -> Tensor:
     return edge.new_empty((edge.shape[0], n_offsets, rows.stop - rows.start, columns.stop - columns.start))
 
 
-@torch.library.custom_op("wsss::path_maxima_backward", mutates_args=())
+@torch.library.custom_op(
+    "wsss::path_maxima_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor edge, int radius, bool full) -> Tensor",
+)
 def path_maxima_backward(grad: Tensor, edge: Tensor, radius: int, full: bool) -> Tensor:
     """Gradient of :func:`path_maxima` with respect to ``edge``; the maxima are computed again."""
     batch, height, width = edge.shape
