@@ -5,7 +5,7 @@
 """CAM: Learning Deep Features for Discriminative Localization (Zhou et al., CVPR 2016, arXiv:1512.04150).
 
 The plain baseline of all systems: a classifier trained on image tags, its class activation maps over scales and mirror
-images, thresholded into masks, and a segmentation network trained on these.
+images, thresholded into masks and refined by a dense CRF, and a segmentation network trained on these.
 
     python -m recipes run cam                                       # built-in demo data, two CPU cores
     python -m recipes run cam --preset paper --data voc:PATH        # VOC 2012, one GPU
@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import CamConfig, write_cams
 from recipes.pipeline.classification import ClassifyConfig, train_classifier
-from recipes.pipeline.labels import crf_mask, measure_cams, measure_masks, read_mask, threshold_mask, write_masks
+from recipes.pipeline.labels import measure_cams, refine_masks, threshold_mask, write_masks
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import RunConfig, start
-from recipes.pipeline.segmentation import SegmentConfig, segment, train_segmentation
+from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,15 @@ class Config(RunConfig):
     cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
     threshold: float = 0.15
     """Background score: a pixel whose CAMs are all below is background."""
+    mask_crf: bool = True
+    """Train the segmentation on CRF-refined masks."""
     segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
 
 
 PRESETS = {
     "demo": Config(),
     "small": Config(classify=CLASSIFY["small"], cams=CAMS["small"], threshold=0.25, segment=SEGMENT["small"]),
-    "paper": Config(classify=CLASSIFY["paper"], cams=CAMS["paper"], segment=SEGMENT["paper"]),
+    "paper": Config(classify=CLASSIFY["paper"], cams=CAMS["paper"], mask_crf=False, segment=SEGMENT["paper"]),
     "tiny": Config(data="demo:tiny", classify=CLASSIFY["tiny"], cams=CAMS["tiny"], segment=SEGMENT["tiny"]),
 }
 
@@ -59,16 +61,12 @@ def main(config: Config) -> dict:
         write_cams(run, classifier, run.train + run.val, config.cams)
         measure_cams(run, config.threshold)
 
-    with run.stage("masks", "3  Masks: threshold, and a dense CRF for comparison"):
+    with run.stage("masks", "3  Masks: threshold, and a dense CRF"):
         write_masks(run, run.train, lambda name: threshold_mask(run, name, config.threshold))
-        measure_masks(run)
-        write_masks(run, run.seeds, lambda name: crf_mask(run, name), "mask_crf")
-        measure_masks(run, "mask_crf", "mask+crf")
+        refine_masks(run, config.mask_crf)
 
     with run.stage("segment", "4  Segmentation network from the masks"):
-        network = train_segmentation(run, lambda name: read_mask(run, name), config.segment)
-        segment(run, network, run.val or run.train, config.segment)
-        measure_masks(run, "segmentation", "segmentation")
+        segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)
 
     return finish(run)
 

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import CamConfig, read_cam, write_cams
 from recipes.pipeline.classification import ClassifyConfig, train_classifier
-from recipes.pipeline.labels import crf_mask, measure_cams, measure_masks, read_mask, write_masks
+from recipes.pipeline.labels import measure_cams, read_mask, refine_masks, write_masks
 from recipes.pipeline.models import Trunk, build_trunk
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, replacing, save_arrays, start
-from recipes.pipeline.segmentation import SegmentConfig, segment, train_segmentation
+from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
 from recipes.pipeline.training import MaskedCrops, RandomScale, Schedule, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, view
 from wsss_losses import InterPixelRelationLoss
@@ -274,9 +274,7 @@ def main(config: Config) -> dict:
 
     with run.stage("masks", "5  Masks: random walk between boundaries, and a dense CRF"):
         write_walks(run, net, config)
-        measure_masks(run)
-        write_masks(run, run.train if config.mask_crf else run.seeds, lambda name: crf_mask(run, name), "mask_crf")
-        measure_masks(run, "mask_crf", "mask+crf")
+        refine_masks(run, config.mask_crf)
 
     if config.instances:
         with run.stage("instances", "   Instances"):
@@ -284,10 +282,7 @@ def main(config: Config) -> dict:
             write_instances(run, net, config)
 
     with run.stage("segment", "6  Segmentation network from the masks"):
-        folder = "mask_crf" if config.mask_crf else "mask"
-        network = train_segmentation(run, lambda name: read_mask(run, name, folder), config.segment)
-        segment(run, network, run.val or run.train, config.segment)
-        measure_masks(run, "segmentation", "segmentation")
+        segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)
 
     return finish(run)
 

@@ -4,15 +4,16 @@
 # ///
 """RW (PSA): Learning Pixel-level Semantic Affinity with Image-level Supervision for WSSS (Ahn, Kwak, CVPR 2018).
 
-Affinities of near pixels, learnt from the confident areas of the CAMs and no other label, spread the CAMs by a random walk.
+Affinities of near pixels, learnt from the confident areas of the CAMs and no other label, spread the CAMs by a random
+walk.
 
     python -m recipes run rw                                        # built-in demo data, two CPU cores
     python -m recipes run rw --preset paper --data voc:PATH --classify.weights FILE --affinity.weights FILE
     python -m recipes run rw --preset paper --data voc:PATH --devices 8 ...
 
-Published with ResNet-38 on VOC 2012 train: CAM 47.7, after the walk 61.0 mIoU (README of the released code). The released
-optimiser passes the weight decay as SGD's momentum, so that its momentum is 5e-4; ``paper`` does the same, since .9 at
-this learning rate is a step ten times as large.
+Published with ResNet-38 on VOC 2012 train: CAM 47.7, after the walk 61.0 mIoU (README of the released code). The
+released optimiser passes the weight decay as SGD's momentum, so that its momentum is 5e-4; ``paper`` does the same, since
+.9 at this learning rate is a step ten times as large.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from torchvision import tv_tensors
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import CamConfig, read_cam, write_cams
 from recipes.pipeline.classification import ClassifyConfig, train_classifier
-from recipes.pipeline.labels import crf_mask, measure_cams, measure_masks, read_mask, write_masks
+from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Trunk, build_trunk, freeze_stages
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, save_arrays, start
-from recipes.pipeline.segmentation import SegmentConfig, segment, train_segmentation
+from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
 from recipes.pipeline.training import RandomScale, Schedule, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, view
 from wsss_losses import AffinityLoss
@@ -275,15 +276,10 @@ def main(config: Config) -> dict:
 
     with run.stage("masks", "5  Masks: random walk, and a dense CRF"):
         write_walks(run, affinity_net, config)
-        measure_masks(run)
-        write_masks(run, run.train if config.mask_crf else run.seeds, lambda name: crf_mask(run, name), "mask_crf")
-        measure_masks(run, "mask_crf", "mask+crf")
+        refine_masks(run, config.mask_crf)
 
     with run.stage("segment", "6  Segmentation network from the masks"):
-        folder = "mask_crf" if config.mask_crf else "mask"
-        network = train_segmentation(run, lambda name: read_mask(run, name, folder), config.segment)
-        segment(run, network, run.val or run.train, config.segment)
-        measure_masks(run, "segmentation", "segmentation")
+        segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)
 
     return finish(run)
 

@@ -40,7 +40,7 @@ class Cam(NamedTuple):
 
 
 def write_cams(run: Run, model: Classifier, names: Sequence[str], config: CamConfig) -> None:
-    """Write the CAMs of the tagged classes of each image as IRN does: summed over scales and mirrors, max-normalised."""
+    """Write the CAMs of the tagged classes of each image as IRN does: summed over views, divided by their maximum."""
     model.trunk = model.trunk.with_output_stride(config.output_stride)
     device = run.fabric.device
     model.to(device, memory_format=torch.channels_last).eval()

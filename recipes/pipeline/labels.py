@@ -46,8 +46,15 @@ def crf_mask(run: Run, name: str, folder: str = "mask") -> Tensor:
     return present[refined[0].argmax(0)]
 
 
+def refine_masks(run: Run, everywhere: bool) -> None:
+    """Refine ``mask/`` into ``mask_crf/``, ``everywhere`` or only where it is measured, and measure both."""
+    measure_masks(run)
+    write_masks(run, run.train if everywhere else run.seeds, lambda name: crf_mask(run, name), "mask_crf")
+    measure_masks(run, "mask_crf", "mask+crf")
+
+
 def measure_cams(run: Run, threshold: float, folder: str = "cam", what: str = "seed") -> None:
-    """Measure CAMs, as label maps, at a fixed threshold and along the curve of thresholds, on the seed and val lists."""
+    """Measure CAMs as label maps at a fixed threshold and at the best of all thresholds, on the seed and val lists."""
 
     def cams(name: str) -> tuple[np.ndarray, np.ndarray]:
         stored = read_cam(run, name, folder)

@@ -64,7 +64,7 @@ class Trunk(nn.Module):
         return self
 
     def with_output_stride(self, output_stride: int) -> Trunk:
-        """A copy with the same weights and a finer last feature map (dilated, or for ``resnet*-irn`` only unstrided)."""
+        """A copy with the same weights and another size of the last cells (dilated; ``NAME-irn`` only unstrided)."""
         if output_stride == self.output_stride:
             return self
         body = _make_body(self.name, output_stride)
@@ -134,9 +134,8 @@ def _imagenet_state_dict(name: str) -> dict[str, Tensor]:
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:
-        raise ValueError(
-            f"weights: could not get ImageNet weights of {name} ({type(error).__name__}: {error}); give a file or random"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"weights: no ImageNet weights of {name} ({reason}); give a file or random") from error
 
 
 def packaged_state_dict(name: str) -> dict[str, Tensor]:

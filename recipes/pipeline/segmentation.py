@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import segmentation_models_pytorch as smp
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.pipeline.labels import measure_masks, read_mask
 from recipes.pipeline.models import Features, build_trunk, freeze_stages, keep_statistics, load_weights
 from recipes.pipeline.run import Run, save_mask
 from recipes.pipeline.training import (
@@ -121,8 +122,19 @@ class Segmenter(nn.Module):
         return self
 
 
+def segmentation_from_masks(run: Run, folder: str, config: SegmentConfig) -> None:
+    """Train on the masks in ``folder``; segment and measure the validation images, or without any the training images."""
+    network = train_segmentation(run, lambda name: read_mask(run, name, folder), config)
+    segment(run, network, run.val or run.train, config)
+    measure_masks(run, "segmentation", "segmentation")
+    if config.crf:
+        measure_masks(run, "segmentation_crf", "segmentation+crf")
+
+
 def train_segmentation(run: Run, mask_of: Callable[[str], np.ndarray], config: SegmentConfig) -> Segmenter:
     """Train on the masks (H, W) uint8 that ``mask_of`` gives for each training image: cross entropy, 255 ignored."""
+    if run.config.max_steps is not None:
+        config = replace(config, weights="random")
     model = Segmenter(config, 1 + len(run.dataset.classes))
     crops = MaskedCrops(
         run.dataset, run.train, mask_of, crop_transform(RandomScale(*config.scale), config.crop, model.mean, model.std)

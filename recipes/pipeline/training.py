@@ -284,7 +284,10 @@ def crop_transform(
     jitter: bool = False,
     mask_fill: int = IGNORE,
 ) -> v2.Compose:
-    """Resize, mirror, (jitter,) normalise and crop; where the crop is larger, pad the normalised image with 0, the mask with ``mask_fill``."""
+    """Resize, mirror, (jitter,) normalise and crop.
+
+    Where the crop is larger, the normalised image is padded with 0 and the mask with ``mask_fill``.
+    """
     return v2.Compose(
         [
             resize,
