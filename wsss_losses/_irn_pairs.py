@@ -67,8 +67,10 @@ def _at(x: Tensor, box: tuple[slice, slice]) -> Tensor:
     return x[..., box[0], box[1]]
 
 
-def _chunks(batch: int, step: int) -> list[slice]:
-    return [slice(start, start + step) for start in range(0, batch, step)]
+def _chunks(x: Tensor, n_maps: int = 8) -> list[slice]:
+    """Groups of images of ``x`` (B, ..., H, W) to take together, with about ``n_maps`` copies in memory."""
+    step = chunk_size(n_maps, x)
+    return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
 @torch.library.custom_op(
@@ -79,11 +81,12 @@ def _chunks(batch: int, step: int) -> list[slice]:
 def pair_counts(mask: Tensor, radius: int, full: bool) -> Tensor:
     """Number of pairs in the groups bg_pos, fg_pos, neg: (3,) int64, from :func:`hide_ignored`'s mask (B, H, W)."""
     counts = torch.zeros(3, dtype=torch.int64, device=mask.device)
-    maps = _Mask(mask, torch.float32)
-    for offset in affinity_offsets(radius):
-        groups = maps.groups(_boxes(offset, (mask.shape[1], mask.shape[2]), radius, full))
-        # one image at a time: float32 counts exactly up to 2**24
-        counts += torch.stack([group.sum((1, 2)).to(torch.int64).sum() for group in groups])
+    for chunk in _chunks(mask):
+        maps = _Mask(mask[chunk], torch.float32)
+        for offset in affinity_offsets(radius):
+            groups = maps.groups(_boxes(offset, (mask.shape[1], mask.shape[2]), radius, full))
+            # the sum of one image: float32 counts exactly up to 2**24
+            counts += torch.stack([group.sum((1, 2)).to(torch.int64).sum() for group in groups])
     return counts
 
 
@@ -106,7 +109,7 @@ def boundary_costs(logits: Tensor, mask: Tensor, radius: int, full: bool, eps: f
     costs = logits.new_zeros(3)
     size = (logits.shape[1], logits.shape[2])
     offsets = path_offsets(radius).offsets
-    for chunk in _chunks(logits.shape[0], chunk_size(len(offsets), *size, logits.element_size())):
+    for chunk in _chunks(logits, len(offsets)):
         maps = _Mask(mask[chunk], logits.dtype)
         for offset, maxima in zip(offsets, path_maxima_maps(logits[chunk], radius), strict=True):
             groups = maps.groups(_boxes(offset, size, radius, full))
@@ -133,7 +136,7 @@ def boundary_costs_backward(grad: Tensor, logits: Tensor, mask: Tensor, radius: 
     size = (logits.shape[1], logits.shape[2])
     offsets = path_offsets(radius).offsets
     slopes = grad * grad.new_tensor([1, 1, -1])  # a larger logit costs more in bg_pos and fg_pos, less in neg
-    for chunk in _chunks(logits.shape[0], chunk_size(2 * len(offsets), *size, logits.element_size())):
+    for chunk in _chunks(logits, 2 * len(offsets)):
         maps, known = path_maxima_maps(logits[chunk], radius), _Mask(mask[chunk], logits.dtype)
         grads = [torch.zeros_like(maxima) for maxima in maps]
         for offset, maxima, into in zip(offsets, maps, grads, strict=True):
@@ -163,12 +166,14 @@ def displacement_costs(displacement: Tensor, mask: Tensor, radius: int, full: bo
     ``delta`` is the difference of ``displacement`` (B, 2, H, W) between source and destination.
     """
     costs = displacement.new_zeros(2)
-    maps = _Mask(mask, displacement.dtype)
-    for offset in affinity_offsets(radius):
-        boxes = _boxes(offset, (displacement.shape[2], displacement.shape[3]), radius, full)
-        groups = maps.groups(boxes)
-        error = _displacement_error(displacement, offset, boxes, groups).abs_().sum(1)
-        costs += torch.stack([(error * group).sum() for group in (groups.bg_pos, groups.fg_pos)])
+    for chunk in _chunks(displacement):
+        field, maps = displacement[chunk], _Mask(mask[chunk], displacement.dtype)
+        for offset in affinity_offsets(radius):
+            boxes = _boxes(offset, (displacement.shape[2], displacement.shape[3]), radius, full)
+            groups = maps.groups(boxes)
+            dy, dx = _displacement_error(field, offset, boxes, groups).abs_().unbind(1)
+            error = dy.add_(dx)
+            costs += torch.stack([(error * group).sum() for group in (groups.bg_pos, groups.fg_pos)])
     return costs
 
 
@@ -186,14 +191,15 @@ def displacement_costs_backward(grad: Tensor, displacement: Tensor, mask: Tensor
     """Gradient of :func:`displacement_costs` with respect to ``displacement``, from ``grad`` (2,)."""
     result = torch.zeros_like(displacement)
     slopes = torch.cat([grad, grad.new_zeros(1)])
-    maps = _Mask(mask, displacement.dtype)
-    for offset in affinity_offsets(radius):
-        boxes = _boxes(offset, (displacement.shape[2], displacement.shape[3]), radius, full)
-        groups = maps.groups(boxes)
-        push = _displacement_error(displacement, offset, boxes, groups).sign_()
-        push.mul_(_weigh(groups, slopes)[:, None])
-        _at(result, boxes.source).add_(push)
-        _at(result, boxes.destination).sub_(push)
+    for chunk in _chunks(displacement):
+        field, maps = displacement[chunk], _Mask(mask[chunk], displacement.dtype)
+        for offset in affinity_offsets(radius):
+            boxes = _boxes(offset, (displacement.shape[2], displacement.shape[3]), radius, full)
+            groups = maps.groups(boxes)
+            push = _displacement_error(field, offset, boxes, groups).sign_()
+            push.mul_(_weigh(groups, slopes)[:, None])
+            _at(result[chunk], boxes.source).add_(push)
+            _at(result[chunk], boxes.destination).sub_(push)
     return result
 
 

@@ -12,6 +12,9 @@ Increments keep float32 errors below 1e-6, where ``y ← (A y) / D`` lets the ro
 Maps lie flat in memory, in buffers with a margin of zeros on both sides, so that the neighbours at one offset are one
 contiguous slice. A slice runs over the ends of rows; those entries are harmless since their affinity is 0.
 
+On a CPU, maps are walked in blocks small enough that torch runs each operation on one thread: a step is a hundred small
+operations, which gain little from a second thread and, on a busy machine, lose milliseconds each by waiting for it.
+
 The adjoint is a walk of the same kind, because A is symmetric: ``p(T)ᵀ g = D p(T) (g / D)``. The gradient of the
 affinities needs the states of the forward walk; these are computed again, from about √n checkpoints.
 """
@@ -26,6 +29,8 @@ import torch
 from torch import Tensor
 
 from wsss_modules.affinity.offsets import Offset, inside
+
+SERIAL = 32768  # numbers up to which torch runs an elementwise operation on one thread; a reduction needs one less
 
 
 @dataclass
@@ -98,7 +103,7 @@ class _BoundStencil:
         What one pixel of a pair gains the other loses. Differences are taken before they are weighted, since they are
         small where the map has become smooth: that keeps rounding from building up over hundreds of steps.
         """
-        self.total.zero_()
+        self.change.zero_()  # the margins stay 0, since weights into them are 0
         for weight, neighbour, neighbour_change in self.edges:
             torch.sub(neighbour, self.state, out=self.flow)
             self.flow.mul_(weight)
@@ -165,9 +170,15 @@ def stencil_walk(x: Tensor, values: Tensor, offsets: list[int], n_steps: int, we
     ``offsets`` holds dy and dx of each offset in turn. ``weights`` c_0 .. c_n makes the result the sum of Chebyshev
     polynomials; empty, it is ``T`` to the power ``n_steps``. Each map stays within its own range, exactly.
     """
-    stencil = _Stencil(values, list(zip(offsets[::2], offsets[1::2], strict=True)))
-    result = _polynomial(stencil, x.flatten(2), _Recurrence(n_steps, weights)).view(x.shape)
-    return torch.clamp(result, x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True))
+    offset_pairs, recurrence = _pairs(offsets), _Recurrence(n_steps, weights)
+    result = x.new_empty(x.shape)
+    for images, channels in _blocks(x, SERIAL):
+        stencil = _Stencil(values[images], offset_pairs)
+        part = x[images, channels]
+        walked = _polynomial(stencil, part.flatten(2), recurrence).view(part.shape)
+        low, high = part.amin((2, 3), keepdim=True), part.amax((2, 3), keepdim=True)
+        torch.clamp(walked, low, high, out=result[images, channels])
+    return result
 
 
 @stencil_walk.register_fake
@@ -185,17 +196,21 @@ def stencil_walk_backward(
     grad: Tensor, x: Tensor, values: Tensor, offsets: list[int], n_steps: int, weights: list[float], for_values: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`stencil_walk` with respect to ``x`` and, if asked for, ``values`` (else an empty tensor)."""
-    offset_pairs = list(zip(offsets[::2], offsets[1::2], strict=True))
-    stencil = _Stencil(values, offset_pairs)
-    recurrence = _Recurrence(n_steps, weights)
-    adjoint = grad.flatten(2) * stencil.inverse_degree  # u = g / D, (B, C, N)
-    if for_values and n_steps > 0:
-        grad_values, adjoint = _affinity_gradient(stencil, x.flatten(2), adjoint, recurrence)
-        grad_values = grad_values.view_as(values) * inside(tuple(offset_pairs), (x.shape[2], x.shape[3]), x.device)
-    else:
-        grad_values = torch.zeros_like(values) if for_values else values.new_empty(0)
-        adjoint = _polynomial(stencil, adjoint, recurrence)
-    return (adjoint * (1 + stencil.off_diagonal)).view(x.shape), grad_values
+    offset_pairs, recurrence = _pairs(offsets), _Recurrence(n_steps, weights)
+    grad_x = x.new_empty(x.shape)
+    grad_values = values.new_zeros(values.shape if for_values else (0,))
+    for images, channels in _blocks(x, SERIAL - 1 if for_values else SERIAL):
+        stencil = _Stencil(values[images], offset_pairs)
+        part = x[images, channels].flatten(2)
+        adjoint = grad[images, channels].flatten(2) * stencil.inverse_degree  # u = g / D, (B, C, N)
+        if for_values and n_steps > 0:
+            adjoint = _affinity_gradient(stencil, part, adjoint, recurrence, grad_values[images].flatten(2))
+        else:
+            adjoint = _polynomial(stencil, adjoint, recurrence)
+        grad_x[images, channels] = (adjoint * (1 + stencil.off_diagonal)).unflatten(2, x.shape[2:])
+    if for_values:
+        grad_values *= inside(tuple(offset_pairs), (x.shape[2], x.shape[3]), x.device)
+    return grad_x, grad_values
 
 
 @stencil_walk_backward.register_fake
@@ -205,8 +220,28 @@ def _(
     return x.new_empty(x.shape), values.new_empty(values.shape if for_values else (0,))
 
 
-def _affinity_gradient(stencil: _Stencil, x: Tensor, adjoint: Tensor, recurrence: _Recurrence) -> tuple[Tensor, Tensor]:
-    """Gradient of the half stencil (B, P, N), and p(T) u.
+def _pairs(offsets: list[int]) -> list[Offset]:
+    return list(zip(offsets[::2], offsets[1::2], strict=True))
+
+
+def _blocks(x: Tensor, limit: int) -> list[tuple[slice, slice]]:
+    """Images and channels of ``x`` (B, C, H, W) to walk together: on a CPU, up to ``limit`` numbers; else all."""
+    batch, n_channels, height, width = x.shape
+    if x.device.type != "cpu" or x.numel() == 0:
+        return [(slice(0, batch), slice(0, n_channels))]
+    channels = min(n_channels, max(1, limit // (height * width)))
+    images = max(1, limit // (n_channels * height * width))
+    return [
+        (slice(b, b + images), slice(c, c + channels))
+        for b in range(0, batch, images)
+        for c in range(0, n_channels, channels)
+    ]
+
+
+def _affinity_gradient(
+    stencil: _Stencil, x: Tensor, adjoint: Tensor, recurrence: _Recurrence, result: Tensor
+) -> Tensor:
+    """Add the gradient of the half stencil to ``result`` (B, P, N), and return p(T) u.
 
     With w_k the adjoint of t_k divided by D, ``w_k = c_k u + a_k T w_{k+1} - b_{k+1} w_{k+2}``, and step k adds
     ``a_k w_{k+1,i} (t_{k,j} - (T t_k)_i)`` to the gradient of A_ij, likewise with i and j exchanged.
@@ -220,12 +255,11 @@ def _affinity_gradient(stencil: _Stencil, x: Tensor, adjoint: Tensor, recurrence
             checkpoints.append((walk.state.clone(), walk.increment.clone()))
         walk.advance(k, walk.apply())
 
-    result = x.new_zeros((x.shape[0], len(stencil.steps), stencil.n_pixels))
     back = _Walk(stencil, torch.zeros_like(x), recurrence)  # its state is w_{k+1}, its increment w_{k+1} - w_{k+2}
     start = adjoint * recurrence.weight(n_steps)
     back.restore(start, start)
     shape = (segment, *x.shape[:2], stencil.n_pixels + 2 * stencil.margin)
-    states, averages, adjoints = (x.new_zeros(shape) for _ in range(3))  # t_k, T t_k, a_k w_{k+1}
+    states, averages = x.new_zeros(shape), x.new_zeros(shape)  # t_k and T t_k of one segment
     for number in range(len(checkpoints) - 1, -1, -1):
         first, last = number * segment, min((number + 1) * segment, n_steps)
         walk.restore(*checkpoints[number])
@@ -235,10 +269,9 @@ def _affinity_gradient(stencil: _Stencil, x: Tensor, adjoint: Tensor, recurrence
             torch.add(walk.state, change, out=stencil.at(averages[k - first], 0))
             walk.advance(k, change)
         for k in range(last - 1, first - 1, -1):
-            torch.mul(back.state, recurrence.scale(k), out=stencil.at(adjoints[k - first], 0))
+            _accumulate(stencil, result, states[k - first], averages[k - first], back.buffer, recurrence.scale(k))
             _step_back(back, adjoint, recurrence, k)
-        _accumulate(stencil, result, states[: last - first], averages[: last - first], adjoints[: last - first])
-    return result, back.state.clone()
+    return back.state
 
 
 def _step_back(back: _Walk, adjoint: Tensor, recurrence: _Recurrence, k: int) -> None:
@@ -253,15 +286,16 @@ def _step_back(back: _Walk, adjoint: Tensor, recurrence: _Recurrence, k: int) ->
         back.state.copy_(change.add_(back.increment).add_(adjoint, alpha=recurrence.weight(0)))
 
 
-def _accumulate(stencil: _Stencil, result: Tensor, states: Tensor, averages: Tensor, adjoints: Tensor) -> None:
-    """Add the steps of one segment, all of them (S, B, C, M + N + M), to the gradient (B, P, N)."""
+def _accumulate(
+    stencil: _Stencil, result: Tensor, states: Tensor, averages: Tensor, adjoints: Tensor, scale: float
+) -> None:
+    """Add one step to the gradient (B, P, N), from buffers (B, C, M + N + M) of t_k, T t_k and w_{k+1}."""
     state, average, adjoint = (stencil.at(x, 0) for x in (states, averages, adjoints))
-    scratch = torch.empty_like(state, memory_format=torch.contiguous_format)
+    forth, back = torch.empty_like(average), torch.empty_like(average)
     for p, step in enumerate(stencil.steps):
-        torch.sub(stencil.at(states, step), average, out=scratch).mul_(adjoint)
-        result[:, p].add_(scratch.sum((0, 2)))
-        torch.sub(state, stencil.at(averages, step), out=scratch).mul_(stencil.at(adjoints, step))
-        result[:, p].add_(scratch.sum((0, 2)))
+        torch.sub(stencil.at(states, step), average, out=forth).mul_(adjoint)
+        torch.sub(state, stencil.at(averages, step), out=back).mul_(stencil.at(adjoints, step))
+        result[:, p].add_(forth.add_(back).sum(1), alpha=scale)
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -21,6 +21,7 @@ from wsss_modules import (
     upsample_scores,
     walk_scores,
 )
+from wsss_modules import _stencil_walk as stencil_module
 from wsss_modules._stencil_walk import stencil_walk
 from wsss_modules.random_walk import _chebyshev_weights
 
@@ -197,6 +198,19 @@ def test_one_affinity_serves_a_batch() -> None:
     affinity, x = random_affinity((5, 6), 4), random_maps(3, 2, 5, 6)
     repeated = LocalAffinity(affinity.offsets, affinity.values.repeat(3, 1, 1, 1))
     assert torch.equal(random_walk(x, affinity), random_walk(x, repeated))
+
+
+@pytest.mark.parametrize("limit", [1, 30, 31, 61, 95])
+def test_blocks_of_images_and_channels_equal_all_at_once(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    affinity, x = random_affinity((5, 6), 4, batch=3), random_maps(3, 3, 5, 6).requires_grad_()
+    results = []
+    for serial in (10_000, limit):
+        monkeypatch.setattr(stencil_module, "SERIAL", serial)
+        values = affinity.values.clone().requires_grad_()
+        walked = random_walk(x, LocalAffinity(affinity.offsets, values), n_steps=9, beta=2)
+        results.append((walked, *torch.autograd.grad(walked.square().sum(), (x, values))))
+        results[-1] += torch.autograd.grad(random_walk(x, affinity, n_steps=9, beta=2).square().sum(), x)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -10,6 +10,7 @@ upper left corner: (B, H - dy, W - |dx|).
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -29,13 +30,19 @@ class Piece(NamedTuple):
     right: int
 
 
-# one image's maxima at radius 10 and 128 x 128 take 10 MB; groups of images are kept below this
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 128 * 2**20  # for the path maxima of images taken together; one image of 128 x 128 has 10 MB at radius 10
+SERIAL = 32767  # numbers up to which torch runs an operation on one thread of a CPU
 
 
-def chunk_size(n_offsets: int, height: int, width: int, itemsize: int) -> int:
-    """Number of images whose path maxima fit the budget, at least one."""
-    return max(1, CHUNK_BYTES // max(1, n_offsets * height * width * itemsize))
+def chunk_size(n_maps: int, x: Tensor) -> int:
+    """Number of images of ``x`` (B, ..., H, W) to take together, at least one, with ``n_maps`` copies in memory.
+
+    On a CPU, so few that each of the thousands of small operations stays on one thread, which is no slower and, on a
+    busy machine, doesn't wait for the other threads.
+    """
+    numbers = max(1, math.prod(x.shape[1:]))
+    images = CHUNK_BYTES // (n_maps * numbers * x.element_size())
+    return max(1, min(images, SERIAL // numbers) if x.device.type == "cpu" else images)
 
 
 def corner_box(offset: Offset, size: tuple[int, int], radius: int, full: bool) -> tuple[Box, Box]:
@@ -119,7 +126,7 @@ def path_maxima(edge: Tensor, radius: int, full: bool) -> Tensor:
     offsets = path_offsets(radius).offsets
     rows, columns = source_box((height, width), radius, "full" if full else "released")
     result = edge.new_ones((batch, len(offsets), rows.stop - rows.start, columns.stop - columns.start))
-    step = chunk_size(len(offsets), height, width, edge.element_size())
+    step = chunk_size(len(offsets), edge)
     for start in range(0, batch, step):
         for p, largest in enumerate(path_maxima_maps(edge[start : start + step], radius)):
             source, corner = corner_box(offsets[p], (height, width), radius, full)
@@ -145,7 +152,7 @@ def path_maxima_backward(grad: Tensor, edge: Tensor, radius: int, full: bool) ->
     offsets = path_offsets(radius).offsets
     rows, columns = source_box((height, width), radius, "full" if full else "released")
     result = torch.empty_like(edge)
-    step = chunk_size(2 * len(offsets), height, width, edge.element_size())
+    step = chunk_size(2 * len(offsets), edge)
     for start in range(0, batch, step):
         part = slice(start, start + step)
         maxima = path_maxima_maps(edge[part], radius)
