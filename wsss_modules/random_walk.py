@@ -64,8 +64,8 @@ def random_walk(
 
     Notes:
         Time and memory are O(P·C·N) a step and O((P + C)·N); half precision is computed in float32, float64 in float64.
-        Differentiable in ``x`` (backward is one more walk) and in the affinities (backward takes about five walks, and
-        memory for 6·√n_steps states).
+        Differentiable in ``x`` (backward is one more walk) and in the affinities (backward takes the time of about
+        seven, and memory for 4·√n_steps states).
         One opaque operation for ``torch.compile(fullgraph=True)``; no second derivatives.
 
     Example:
