@@ -70,7 +70,8 @@ def random_walk(
 
     Example:
         >>> import torch
-        >>> from wsss_modules import LocalAffinity, random_walk
+        >>> from wsss_modules import LocalAffinity
+        >>> from wsss_modules.random_walk import random_walk
         >>> affinity = LocalAffinity(((0, 1),), torch.tensor([[[[1.0, 0.0, 0.0]]]]))  # only pixels 0 and 1 are alike
         >>> random_walk(torch.tensor([[[[1.0, 0.0, 0.5]]]]), affinity)
         tensor([[[[0.5000, 0.5000, 0.5000]]]])
