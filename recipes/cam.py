@@ -36,7 +36,7 @@ class Config(RunConfig):
 
     classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
     cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
-    threshold: float = 0.15
+    threshold: float = 0.25
     """Background score: a pixel whose CAMs are all below is background."""
     mask_crf: bool = True
     """Train the segmentation on CRF-refined masks."""
@@ -45,8 +45,10 @@ class Config(RunConfig):
 
 PRESETS = {
     "demo": Config(),
-    "small": Config(classify=CLASSIFY["small"], cams=CAMS["small"], threshold=0.25, segment=SEGMENT["small"]),
-    "paper": Config(classify=CLASSIFY["paper"], cams=CAMS["paper"], mask_crf=False, segment=SEGMENT["paper"]),
+    "small": Config(classify=CLASSIFY["small"], cams=CAMS["small"], segment=SEGMENT["small"]),
+    "paper": Config(
+        classify=CLASSIFY["paper"], cams=CAMS["paper"], threshold=0.15, mask_crf=False, segment=SEGMENT["paper"]
+    ),
     "tiny": Config(data="demo:tiny", classify=CLASSIFY["tiny"], cams=CAMS["tiny"], segment=SEGMENT["tiny"]),
 }
 

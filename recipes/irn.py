@@ -35,7 +35,15 @@ from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, replacing, save_arrays, start
 from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
-from recipes.pipeline.training import MaskedCrops, RandomScale, Schedule, crop_transform, fit, two_speed_groups
+from recipes.pipeline.training import (
+    MaskedCrops,
+    RandomScale,
+    Schedule,
+    crop_transform,
+    fit,
+    scaled_size,
+    two_speed_groups,
+)
 from recipes.pipeline.views import image_tensor, view
 from wsss_losses import InterPixelRelationLoss
 from wsss_modules import (
@@ -71,12 +79,14 @@ class RelationConfig:
     """Background score under which an area is trusted to be background."""
     radius: int = 10
     """Reach of the training pairs in cells of 4 pixels."""
-    scale: tuple[float, float] = (0.75, 1.5)
+    zoom: float = 2.0
+    """Enlargement of the images for this network; the published 1 suits photographs, 2 the small demo pictures."""
+    scale: tuple[float, float] = (1.5, 2.5)
     """Range of the random resizing."""
-    crop: int = 128
+    crop: int = 192
     """Side of the training crops in pixels."""
     schedule: Schedule = field(
-        default_factory=lambda: Schedule(epochs=3, batch_size=16, lr=0.1, head_lr=1.0, momentum=1e-4)
+        default_factory=lambda: Schedule(epochs=4, batch_size=8, lr=0.1, head_lr=1.0, momentum=1e-4)
     )
     """Training schedule; ``lr`` is that of the boundary branch, ``head_lr`` that of the displacement branch."""
 
@@ -87,7 +97,7 @@ class Config(RunConfig):
 
     classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
     cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
-    threshold: float = 0.15
+    threshold: float = 0.25
     """Background score at which the CAMs themselves are measured."""
     relation: RelationConfig = field(default_factory=RelationConfig)
     walk_radius: int = 5
@@ -164,20 +174,34 @@ def train_relations(run: Run, config: RelationConfig) -> IRNet:
     return model
 
 
-def relations_of(run: Run, model: IRNet, name: str) -> EdgeDisplacement:
+def relations_of(run: Run, model: IRNet, name: str, zoom: float) -> EdgeDisplacement:
     image = image_tensor(run.dataset.image(name))
-    plain = view(image, tuple(image.shape[-2:]), model.trunk.mean, model.trunk.std, flip=False)
+    size = scaled_size(*image.shape[-2:], zoom)
+    plain = view(image, size, model.trunk.mean, model.trunk.std, flip=False)
     return edge_displacement_inference(plain.to(run.fabric.device), model)
+
+
+def cam_on_grid(run: Run, name: str, edge: Tensor) -> Tensor:
+    """The CAMs of an image on the grid of its edges, (1, k, h, w): as they are unless the images were enlarged."""
+    cam = torch.from_numpy(read_cam(run, name).coarse)[None].to(edge.device)
+    same = cam.shape[-2:] == edge.shape[-2:]
+    return cam if same else F.interpolate(cam, edge.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def scores_at(run: Run, name: str, walked: Tensor, zoom: float) -> Tensor:
+    """Walked maps as scores at the size of the image."""
+    height, width = run.dataset.size(name)
+    scores = walk_scores(walked, scaled_size(height, width, zoom), stride=STRIDE)
+    return scores if zoom == 1 else F.interpolate(scores, (height, width), mode="bilinear", align_corners=False)
 
 
 def walked_scores(run: Run, model: IRNet, name: str, config: Config) -> tuple[Tensor, Tensor]:
     """Section 5: the CAMs after the walk, (1, k, H, W), and their classes (k,)."""
-    stored, edge = read_cam(run, name), relations_of(run, model, name).edge
-    cam = torch.from_numpy(stored.coarse)[None].to(edge.device)
-    walked = propagate_to_edge(
-        cam, edge, radius=config.walk_radius, beta=config.beta, n_steps=config.walk_steps, method=config.walk_method
-    )
-    return walk_scores(walked, run.dataset.size(name)), torch.from_numpy(stored.keys).to(edge.device)
+    zoom = config.relation.zoom
+    edge = relations_of(run, model, name, zoom).edge
+    options = {"radius": config.walk_radius, "beta": config.beta, "n_steps": config.walk_steps}
+    walked = propagate_to_edge(cam_on_grid(run, name, edge), edge, method=config.walk_method, **options)
+    return scores_at(run, name, walked, zoom), torch.from_numpy(read_cam(run, name).keys).to(edge.device)
 
 
 def write_walks(run: Run, model: IRNet, config: Config) -> None:
@@ -189,12 +213,12 @@ def write_walks(run: Run, model: IRNet, config: Config) -> None:
 
 
 @torch.no_grad()
-def centre_displacements(run: Run, model: IRNet) -> None:
+def centre_displacements(run: Run, model: IRNet, zoom: float) -> None:
     """Take the mean displacement off, which the loss leaves free; kept in ``checkpoints/mean_shift.pt``."""
     file = run.path("checkpoints", "mean_shift.pt")
     if not file.exists():
         model.head.mean_shift.fit(
-            (relations_of(run, model, name).displacement for name in run.train), weighting="pixel"
+            (relations_of(run, model, name, zoom).displacement for name in run.train), weighting="pixel"
         )
         if run.fabric.global_rank == 0:
             with replacing(file) as out:
@@ -205,19 +229,17 @@ def centre_displacements(run: Run, model: IRNet) -> None:
 
 def write_instances(run: Run, model: IRNet, config: Config) -> None:
     """Section 5.1 and 5.2: group the cells by the centre they point to and let the CAM of each class and group walk."""
+    zoom = config.relation.zoom
 
     @torch.no_grad()
     def work(name: str) -> None:
-        stored, (edge, displacement) = read_cam(run, name), relations_of(run, model, name)
+        edge, displacement = relations_of(run, model, name, zoom)
         groups = cluster_centroids(find_centroids(displacement[0]), displacement[0])  # (n, h, w)
-        cam = torch.from_numpy(stored.coarse).to(edge.device)
-        maps = (cam[:, None] * groups).flatten(0, 1)[None]  # (1, k * n, h, w)
+        maps = (cam_on_grid(run, name, edge)[0][:, None] * groups).flatten(0, 1)[None]  # (1, k * n, h, w)
         options = {"radius": config.walk_radius, "beta": config.beta, "n_steps": config.walk_steps}
         walked = propagate_to_edge(maps, edge, method=config.walk_method, **options)
-        classes = torch.from_numpy(stored.keys).repeat_interleave(len(groups)).to(edge.device)
-        found = detect_instances(
-            walk_scores(walked, run.dataset.size(name))[0], classes, threshold=config.walk_threshold
-        )
+        classes = torch.from_numpy(read_cam(run, name).keys).repeat_interleave(len(groups)).to(edge.device)
+        found = detect_instances(scores_at(run, name, walked, zoom)[0], classes, threshold=config.walk_threshold)
         arrays = {key: value.cpu().numpy() for key, value in found._asdict().items()}
         save_arrays(run.path("instances", f"{name}.npz"), **arrays)
 
@@ -225,19 +247,26 @@ def write_instances(run: Run, model: IRNet, config: Config) -> None:
 
 
 PRESETS = {
-    "demo": Config(),
+    "demo": Config(walk_steps=32),  # 256 steps cross pictures of 128 pixels many times over
     "small": Config(
         classify=CLASSIFY["small"],
         cams=CAMS["small"],
-        threshold=0.25,
-        relation=RelationConfig(crop=256, scale=(0.5, 1.5)),
+        relation=RelationConfig(
+            zoom=1.0,
+            scale=(0.5, 1.5),
+            crop=256,
+            schedule=Schedule(epochs=3, batch_size=16, lr=0.1, head_lr=1.0, momentum=1e-4),
+        ),
         segment=SEGMENT["small"],
     ),
     "paper": Config(
         classify=CLASSIFY["paper"],
         cams=CAMS["paper"],
+        threshold=0.15,
         relation=RelationConfig(
             backbone="resnet50-irn",
+            zoom=1.0,
+            scale=(0.5, 1.5),
             crop=512,
             schedule=Schedule(epochs=3, batch_size=32, lr=0.1, head_lr=1.0, momentum=1e-4),
         ),
@@ -278,7 +307,7 @@ def main(config: Config) -> dict:
 
     if config.instances:
         with run.stage("instances", "   Instances"):
-            centre_displacements(run, net)
+            centre_displacements(run, net, config.relation.zoom)
             write_instances(run, net, config)
 
     with run.stage("segment", "6  Segmentation network from the masks"):

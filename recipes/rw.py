@@ -12,8 +12,8 @@ walk.
     python -m recipes run rw --preset paper --data voc:PATH --devices 8 ...
 
 Published with ResNet-38 on VOC 2012 train: CAM 47.7, after the walk 61.0 mIoU (README of the released code). The
-released optimiser passes the weight decay as SGD's momentum, so that its momentum is 5e-4; ``paper`` does the same, since
-.9 at this learning rate is a step ten times as large.
+released optimiser passes the weight decay as SGD's momentum, so that its momentum is 5e-4; ``paper`` does the same,
+since .9 at this learning rate is a step ten times as large.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Config(RunConfig):
 
     classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
     cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
-    threshold: float = 0.2
+    threshold: float = 0.25
     """Background score at which the CAMs themselves are measured."""
     affinity: AffinityConfig = field(default_factory=AffinityConfig)
     walk_alpha: float = 16.0
@@ -220,7 +220,6 @@ PRESETS = {
     "small": Config(
         classify=CLASSIFY["small"],
         cams=CAMS["small"],
-        threshold=0.25,
         affinity=AffinityConfig(
             frozen_stages=4, crop=256, schedule=Schedule(epochs=3, batch_size=8, lr=0.01, head_lr=0.1)
         ),
@@ -239,6 +238,7 @@ PRESETS = {
             schedule=Schedule(epochs=15, batch_size=16, lr=0.1, head_lr=1.0, weight_decay=5e-4, momentum=5e-4),
         ),
         cams=CAMS["paper"],
+        threshold=0.2,
         affinity=AffinityConfig(
             backbone="resnet38",
             frozen_stages=2,

@@ -17,10 +17,10 @@ PRESET_NAMES = ("demo", "small", "paper", "tiny")
 
 CLASSIFY = {
     "demo": ClassifyConfig(
-        frozen_stages=0,
+        frozen_stages=3,
         long_side=(112, 160),
         crop=128,
-        schedule=Schedule(epochs=6, batch_size=16, lr=0.02, head_lr=0.2),
+        schedule=Schedule(epochs=5, batch_size=16, lr=0.005, head_lr=0.05),
     ),
     "small": ClassifyConfig(
         frozen_stages=4,
@@ -40,7 +40,7 @@ CLASSIFY = {
 CLASSIFY["tiny"] = replace(CLASSIFY["demo"], schedule=replace(CLASSIFY["demo"].schedule, epochs=1, batch_size=4))
 
 CAMS = {
-    "demo": CamConfig(scales=(1.0, 1.5, 2.0)),
+    "demo": CamConfig(scales=(2.0,)),  # the pictures are small
     "small": CamConfig(output_stride=32, scales=(1.0, 0.5, 1.5)),
     "paper": CamConfig(),
     "tiny": CamConfig(scales=(1.0,)),
@@ -48,7 +48,10 @@ CAMS = {
 
 SEGMENT = {
     "demo": SegmentConfig(
-        scale=(0.75, 1.5), crop=128, schedule=Schedule(epochs=6, batch_size=16, lr=0.01, head_lr=0.1)
+        frozen_stages=3,
+        scale=(0.75, 1.5),
+        crop=128,
+        schedule=Schedule(epochs=6, batch_size=16, lr=0.01, head_lr=0.1),
     ),
     "small": SegmentConfig(
         frozen_stages=4, scale=(0.5, 1.0), crop=224, schedule=Schedule(epochs=4, batch_size=16, lr=0.01, head_lr=0.1)

@@ -123,7 +123,7 @@ class Segmenter(nn.Module):
 
 
 def segmentation_from_masks(run: Run, folder: str, config: SegmentConfig) -> None:
-    """Train on the masks in ``folder``; segment and measure the validation images, or without any the training images."""
+    """Train on the masks in ``folder``; segment and measure the val images, or without any the training images."""
     network = train_segmentation(run, lambda name: read_mask(run, name, folder), config)
     segment(run, network, run.val or run.train, config)
     measure_masks(run, "segmentation", "segmentation")
