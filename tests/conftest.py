@@ -10,7 +10,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--golden", default=None, metavar="DIR", help="folder with SYSTEM/*.safetensors (default: tests/golden/data)")
+    parser.addoption(
+        "--golden", default=None, metavar="DIR", help="folder with SYSTEM/*.safetensors (default: tests/golden/data)"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

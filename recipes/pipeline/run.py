@@ -12,6 +12,7 @@ import json
 import os
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -149,8 +150,13 @@ class Run:
 
     @contextmanager
     def stage(self, name: str, title: str) -> Iterator[None]:
-        """Announce a stage and record its seconds (over all attempts) and the peak memory of this process."""
+        """Announce a stage; record its seconds over all attempts and the peak memory of this process.
+
+        Weights that the stage draws depend on its name and the seed, not on whether the stages before ran or were
+        found done.
+        """
         self.console.rule(f"[bold]{title}", align="left")
+        torch.manual_seed(self.derived_seed(name))
         start, memory = time.perf_counter(), _PeakMemory()
         try:
             with memory:
@@ -188,6 +194,10 @@ class Run:
             torch.set_num_threads(cores)
         self.fabric.barrier()
 
+    def derived_seed(self, *parts: object) -> int:
+        """A seed for one purpose, from the seed of the run."""
+        return zlib.crc32("/".join(map(str, (self.config.seed, *parts))).encode())
+
     def progress(self) -> Progress:
         return Progress(
             TextColumn("  {task.description}"),
@@ -220,7 +230,6 @@ def start(recipe: str, config: RunConfig) -> Run:
         accelerator=config.accelerator, devices=config.devices, num_nodes=config.nodes, precision=config.precision
     )
     fabric.launch()
-    torch.manual_seed(config.seed)
     folder = config.out or Path("runs") / f"{recipe}-{config.preset}-s{config.seed}"
     if fabric.global_rank == 0:
         _open_folder(folder, recipe, config)

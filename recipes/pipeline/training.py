@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,7 +133,7 @@ def fit(
     with run.progress() as progress:
         bar = progress.add_task(stage, total=steps, completed=done)
         for step, batch in zip(range(done, steps), batches, strict=True):
-            torch.manual_seed(_seed(run, stage, "step", step, fabric.global_rank))
+            torch.manual_seed(run.derived_seed(stage, "step", step, fabric.global_rank))
             output = loss_of(wrapped, fabric.to_device({key: _channels_last(value) for key, value in batch.items()}))
             total = output if isinstance(output, Tensor) else output[0]
             optimizer.zero_grad(set_to_none=True)
@@ -188,10 +187,6 @@ def _terms(output: Any) -> dict[str, float]:
     return {name: value.detach().item() for name, value in named.items()}
 
 
-def _seed(run: Run, *parts: object) -> int:
-    return zlib.crc32("/".join(map(str, (run.config.seed, *parts))).encode())
-
-
 class _Seeded(Dataset):
     """Item (index, seed) of a dataset, drawn with torch's generator set to ``seed``."""
 
@@ -221,12 +216,12 @@ def _batches(run: Run, stage: str, dataset: Dataset, batch_size: int, steps: ran
         for step in steps:
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
-                generator = torch.Generator().manual_seed(_seed(run, stage, "order", epoch))
+                generator = torch.Generator().manual_seed(run.derived_seed(stage, "order", epoch))
                 order = torch.randperm(len(dataset), generator=generator).tolist()
                 order = (order * -(-batch_size // len(order)))[: max(len(order), batch_size)]
             first = (step % per_epoch) * batch_size
             chosen = order[first : first + batch_size]
-            keyed = [(index, _seed(run, stage, "item", step, place)) for place, index in enumerate(chosen)]
+            keyed = [(index, run.derived_seed(stage, "item", step, place)) for place, index in enumerate(chosen)]
             yield keyed[rank::world]
 
     workers = run.config.workers if len(steps) > 1 else 0
