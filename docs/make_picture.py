@@ -1,6 +1,6 @@
 """Write the README's picture from a finished demo run: docs/images/irn-demo.png.
 
-    python -m recipes run irn && python docs/make_picture.py runs/irn-demo-s0 NAME [NAME ...]
+python -m recipes run irn && python docs/make_picture.py runs/irn-demo-s0 NAME [NAME ...]
 """
 
 from __future__ import annotations

@@ -23,4 +23,7 @@ def test_readme_lists_every_recipe_and_links_to_files_that_exist() -> None:
 
 def test_readme_has_exactly_two_set_up_commands() -> None:
     commands = [line for line in README.splitlines() if "pip install" in line and line.startswith("python3 -m venv")]
-    assert [command.rsplit(" && ", 1)[1] for command in commands] == ["python -m recipes run irn", "python -m pytest -q"]
+    assert [command.rsplit(" && ", 1)[1] for command in commands] == [
+        "python -m recipes run irn",
+        "python -m pytest -q",
+    ]
