@@ -225,7 +225,8 @@ def _batches(run: Run, stage: str, dataset: Dataset, batch_size: int, steps: ran
             yield keyed[rank::world]
 
     workers = run.config.workers if len(steps) > 1 else 0
-    loader = DataLoader(_Seeded(dataset), batch_sampler=list(keys()), num_workers=workers)
+    pinned = run.fabric.device.type == "cuda"
+    loader = DataLoader(_Seeded(dataset), batch_sampler=list(keys()), num_workers=workers, pin_memory=pinned)
     return iter(loader)
 
 
