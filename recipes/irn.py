@@ -188,25 +188,20 @@ def cam_on_grid(run: Run, name: str, edge: Tensor) -> Tensor:
     return cam if same else F.interpolate(cam, edge.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def scores_at(run: Run, name: str, walked: Tensor, zoom: float) -> Tensor:
-    """Walked maps as scores at the size of the image."""
-    height, width = run.dataset.size(name)
+def walked_scores(run: Run, name: str, maps: Tensor, edge: Tensor, config: Config) -> Tensor:
+    """Section 5: maps (1, C, h, w) after the walk, as scores at the size of the image."""
+    options = {"radius": config.walk_radius, "beta": config.beta, "n_steps": config.walk_steps}
+    walked = propagate_to_edge(maps, edge, method=config.walk_method, **options)
+    (height, width), zoom = run.dataset.size(name), config.relation.zoom
     scores = walk_scores(walked, scaled_size(height, width, zoom), stride=STRIDE)
     return scores if zoom == 1 else F.interpolate(scores, (height, width), mode="bilinear", align_corners=False)
 
 
-def walked_scores(run: Run, model: IRNet, name: str, config: Config) -> tuple[Tensor, Tensor]:
-    """Section 5: the CAMs after the walk, (1, k, H, W), and their classes (k,)."""
-    zoom = config.relation.zoom
-    edge = relations_of(run, model, name, zoom).edge
-    options = {"radius": config.walk_radius, "beta": config.beta, "n_steps": config.walk_steps}
-    walked = propagate_to_edge(cam_on_grid(run, name, edge), edge, method=config.walk_method, **options)
-    return scores_at(run, name, walked, zoom), torch.from_numpy(read_cam(run, name).keys).to(edge.device)
-
-
 def write_walks(run: Run, model: IRNet, config: Config) -> None:
     def mask_of(name: str) -> Tensor:
-        scores, keys = walked_scores(run, model, name, config)
+        edge = relations_of(run, model, name, config.relation.zoom).edge
+        scores = walked_scores(run, name, cam_on_grid(run, name, edge), edge, config)
+        keys = torch.from_numpy(read_cam(run, name).keys).to(edge.device)
         return cam_to_mask(scores, config.walk_threshold, keys=keys)[0]
 
     write_masks(run, run.train, mask_of)
@@ -229,17 +224,15 @@ def centre_displacements(run: Run, model: IRNet, zoom: float) -> None:
 
 def write_instances(run: Run, model: IRNet, config: Config) -> None:
     """Section 5.1 and 5.2: group the cells by the centre they point to and let the CAM of each class and group walk."""
-    zoom = config.relation.zoom
 
     @torch.no_grad()
     def work(name: str) -> None:
-        edge, displacement = relations_of(run, model, name, zoom)
+        edge, displacement = relations_of(run, model, name, config.relation.zoom)
         groups = cluster_centroids(find_centroids(displacement[0]), displacement[0])  # (n, h, w)
         maps = (cam_on_grid(run, name, edge)[0][:, None] * groups).flatten(0, 1)[None]  # (1, k * n, h, w)
-        options = {"radius": config.walk_radius, "beta": config.beta, "n_steps": config.walk_steps}
-        walked = propagate_to_edge(maps, edge, method=config.walk_method, **options)
+        scores = walked_scores(run, name, maps, edge, config)[0]
         classes = torch.from_numpy(read_cam(run, name).keys).repeat_interleave(len(groups)).to(edge.device)
-        found = detect_instances(scores_at(run, name, walked, zoom)[0], classes, threshold=config.walk_threshold)
+        found = detect_instances(scores, classes, threshold=config.walk_threshold)
         arrays = {key: value.cpu().numpy() for key, value in found._asdict().items()}
         save_arrays(run.path("instances", f"{name}.npz"), **arrays)
 
