@@ -6,6 +6,7 @@ peak (CUDA). Quote no figure without the header that :func:`report` prints.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import platform
@@ -52,6 +53,7 @@ class _PeakRSS(threading.Thread):
 def measure(name: str, call: Callable[[], object], repeat: int = 5, device: str = "cpu") -> Timing:
     """Run ``call`` once for memory, then ``repeat`` times for the median time."""
     gc.collect()
+    _return_freed_memory()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -72,6 +74,14 @@ def measure(name: str, call: Callable[[], object], repeat: int = 5, device: str 
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return Timing(name, median(seconds), peak)
+
+
+def _return_freed_memory() -> None:
+    """Hand what the C library keeps of freed memory back to the system, else a later call seems to need none."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return  # another C library: later rows may read too low
 
 
 def conditions(device: str = "cpu") -> dict[str, str]:
