@@ -16,10 +16,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from recipes.pipeline.data import ImageSet
+from recipes.pipeline.data import IGNORE, ImageSet
 from recipes.pipeline.run import Run, replacing
-
-IGNORE = 255
 
 
 @dataclass(frozen=True)
