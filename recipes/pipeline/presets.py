@@ -13,8 +13,6 @@ from recipes.pipeline.classification import ClassifyConfig
 from recipes.pipeline.segmentation import SegmentConfig
 from recipes.pipeline.training import Schedule
 
-PRESET_NAMES = ("demo", "small", "paper", "tiny")
-
 CLASSIFY = {
     "demo": ClassifyConfig(
         frozen_stages=3,
