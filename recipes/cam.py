@@ -56,18 +56,18 @@ PRESETS = {
 def main(config: Config) -> dict:
     run = start("cam", config)
 
-    with run.stage("classify", "1  Classifier from tags"):
+    with run.stage("classify", "Classifier from tags"):
         classifier = train_classifier(run, config.classify)
 
-    with run.stage("cams", "2  Class activation maps"):
+    with run.stage("cams", "Class activation maps"):
         write_cams(run, classifier, run.train + run.val, config.cams)
         measure_cams(run, config.threshold)
 
-    with run.stage("masks", "3  Masks: threshold, and a dense CRF"):
+    with run.stage("masks", "Masks: threshold, and a dense CRF"):
         write_masks(run, run.train, lambda name: threshold_mask(run, name, config.threshold))
         refine_masks(run, config.mask_crf)
 
-    with run.stage("segment", "4  Segmentation network from the masks"):
+    with run.stage("segment", "Segmentation network from the masks"):
         segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)
 
     return finish(run)

@@ -108,7 +108,13 @@ def run_recipe(module: ModuleType, argv: Sequence[str] | None = None) -> None:
         if config.out is None:  # named after the script, so that an edited copy does not go on with the original's run
             config = dataclasses.replace(config, out=Path("runs") / f"{script.stem}-{preset}-s{config.seed}")
         with _keeping_source(script, Path(config.out)):
-            module.main(config)
+            from recipes.pipeline.report import finish
+            from recipes.pipeline.run import StoppedEarly
+
+            try:
+                module.main(config)
+            except StoppedEarly as stop:
+                finish(stop.run)
 
 
 # The commands. Their signatures are their flags, their docstrings the help.

@@ -37,6 +37,7 @@ from recipes.pipeline.run import Run, RunConfig, replacing, save_arrays, start
 from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
 from recipes.pipeline.training import (
     MaskedCrops,
+    Moment,
     RandomScale,
     Schedule,
     crop_transform,
@@ -92,6 +93,24 @@ class RelationConfig:
 
 
 @dataclass(frozen=True)
+class WalkConfig:
+    """The random walk of the CAMs between boundaries."""
+
+    radius: int = 5
+    """Reach of a step in cells of 4 pixels."""
+    beta: float = 10.0
+    """Exponent that sharpens the affinities."""
+    steps: int = 256
+    """Number of steps."""
+    method: str = "chebyshev"
+    """power, or chebyshev, which gives the same result to 1e-6 with a third of the products."""
+    cam_power: float = 1.0
+    """Exponent of the CAMs before the walk."""
+    threshold: float = 0.25
+    """Background score after the walk."""
+
+
+@dataclass(frozen=True)
 class Config(RunConfig):
     """Settings of a run."""
 
@@ -100,16 +119,7 @@ class Config(RunConfig):
     threshold: float = 0.25
     """Background score at which the CAMs themselves are measured."""
     relation: RelationConfig = field(default_factory=RelationConfig)
-    walk_radius: int = 5
-    """Reach of a step of the walk in cells of 4 pixels."""
-    beta: float = 10.0
-    """Exponent that sharpens the affinities."""
-    walk_steps: int = 256
-    """Steps of the random walk."""
-    walk_method: str = "chebyshev"
-    """power, or chebyshev, which gives the same result to 1e-6 with a third of the products."""
-    walk_threshold: float = 0.25
-    """Background score after the walk."""
+    walk: WalkConfig = field(default_factory=WalkConfig)
     mask_crf: bool = True
     """Train the segmentation on CRF-refined masks."""
     instances: bool = False
@@ -164,7 +174,7 @@ def train_relations(run: Run, config: RelationConfig) -> IRNet:
     crops = MaskedCrops(run.dataset, run.train, lambda name: read_mask(run, name, "ir_label"), transform)
     loss = InterPixelRelationLoss(radius=config.radius, sync=run.fabric.world_size > 1)
 
-    def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> NamedTuple:
+    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> NamedTuple:
         edge_logits, displacement = model(batch["image"])
         centres = batch["mask"][:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]  # nearest, at stride 4
         return loss(edge_logits, displacement, centres)
@@ -188,23 +198,38 @@ def cam_on_grid(run: Run, name: str, edge: Tensor) -> Tensor:
     return cam if same else F.interpolate(cam, edge.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def walked_scores(run: Run, name: str, maps: Tensor, edge: Tensor, config: Config) -> Tensor:
+def walked_scores(run: Run, name: str, maps: Tensor, edge: Tensor, walk: WalkConfig, zoom: float) -> Tensor:
     """Section 5: maps (1, C, h, w) after the walk, as scores at the size of the image."""
-    options = {"radius": config.walk_radius, "beta": config.beta, "n_steps": config.walk_steps}
-    walked = propagate_to_edge(maps, edge, method=config.walk_method, **options)
-    (height, width), zoom = run.dataset.size(name), config.relation.zoom
+    options = {"radius": walk.radius, "beta": walk.beta, "n_steps": walk.steps, "method": walk.method}
+    walked = propagate_to_edge(maps, edge, **options)
+    height, width = run.dataset.size(name)
     scores = walk_scores(walked, scaled_size(height, width, zoom), stride=STRIDE)
     return scores if zoom == 1 else F.interpolate(scores, (height, width), mode="bilinear", align_corners=False)
 
 
-def write_walks(run: Run, model: IRNet, config: Config) -> None:
+def write_walks(run: Run, model: IRNet, walk: WalkConfig, zoom: float) -> None:
     def mask_of(name: str) -> Tensor:
-        edge = relations_of(run, model, name, config.relation.zoom).edge
-        scores = walked_scores(run, name, cam_on_grid(run, name, edge), edge, config)
+        edge = relations_of(run, model, name, zoom).edge
+        scores = walked_scores(run, name, cam_on_grid(run, name, edge) ** walk.cam_power, edge, walk, zoom)
         keys = torch.from_numpy(read_cam(run, name).keys).to(edge.device)
-        return cam_to_mask(scores, config.walk_threshold, keys=keys)[0]
+        return cam_to_mask(scores, walk.threshold, keys=keys)[0]
 
     write_masks(run, run.train, mask_of)
+
+
+def refine_with_irn(run: Run, relation: RelationConfig, walk: WalkConfig, mask_crf: bool) -> IRNet:
+    """What IRN adds to any CAMs: from those in ``cam/`` to masks in ``mask/`` and, with a CRF, ``mask_crf/``."""
+    with run.stage("labels", "Confident areas"):
+        write_confident_labels(run, relation)
+
+    with run.stage("relations", "Inter-pixel relation network"):
+        net = train_relations(run, relation)
+
+    with run.stage("masks", "Masks: random walk between boundaries, and a dense CRF"):
+        write_walks(run, net, walk, relation.zoom)
+        refine_masks(run, mask_crf)
+
+    return net
 
 
 @torch.no_grad()
@@ -222,17 +247,17 @@ def centre_displacements(run: Run, model: IRNet, zoom: float) -> None:
     model.head.mean_shift.load_state_dict(torch.load(file, weights_only=True))
 
 
-def write_instances(run: Run, model: IRNet, config: Config) -> None:
+def write_instances(run: Run, model: IRNet, walk: WalkConfig, zoom: float) -> None:
     """Section 5.1 and 5.2: group the cells by the centre they point to and let the CAM of each class and group walk."""
 
     @torch.no_grad()
     def work(name: str) -> None:
-        edge, displacement = relations_of(run, model, name, config.relation.zoom)
+        edge, displacement = relations_of(run, model, name, zoom)
         groups = cluster_centroids(find_centroids(displacement[0]), displacement[0])  # (n, h, w)
         maps = (cam_on_grid(run, name, edge)[0][:, None] * groups).flatten(0, 1)[None]  # (1, k * n, h, w)
-        scores = walked_scores(run, name, maps, edge, config)[0]
+        scores = walked_scores(run, name, maps, edge, walk, zoom)[0]
         classes = torch.from_numpy(read_cam(run, name).keys).repeat_interleave(len(groups)).to(edge.device)
-        found = detect_instances(scores, classes, threshold=config.walk_threshold)
+        found = detect_instances(scores, classes, threshold=walk.threshold)
         arrays = {key: value.cpu().numpy() for key, value in found._asdict().items()}
         save_arrays(run.path("instances", f"{name}.npz"), **arrays)
 
@@ -240,7 +265,7 @@ def write_instances(run: Run, model: IRNet, config: Config) -> None:
 
 
 PRESETS = {
-    "demo": Config(walk_steps=32),  # 256 steps cross pictures of 128 pixels many times over
+    "demo": Config(walk=WalkConfig(steps=32)),  # 256 steps cross pictures of 128 pixels many times over
     "small": Config(
         classify=CLASSIFY["small"],
         cams=CAMS["small"],
@@ -281,29 +306,21 @@ PRESETS = {
 def main(config: Config) -> dict:
     run = start("irn", config)
 
-    with run.stage("classify", "1  Classifier from tags"):
+    with run.stage("classify", "Classifier from tags"):
         classifier = train_classifier(run, config.classify)
 
-    with run.stage("cams", "2  Class activation maps"):
+    with run.stage("cams", "Class activation maps"):
         write_cams(run, classifier, run.train + run.val, config.cams)
         measure_cams(run, config.threshold)
 
-    with run.stage("labels", "3  Confident areas"):
-        write_confident_labels(run, config.relation)
-
-    with run.stage("relations", "4  Inter-pixel relation network"):
-        net = train_relations(run, config.relation)
-
-    with run.stage("masks", "5  Masks: random walk between boundaries, and a dense CRF"):
-        write_walks(run, net, config)
-        refine_masks(run, config.mask_crf)
+    net = refine_with_irn(run, config.relation, config.walk, config.mask_crf)
 
     if config.instances:
-        with run.stage("instances", "   Instances"):
+        with run.stage("instances", "Instances"):
             centre_displacements(run, net, config.relation.zoom)
-            write_instances(run, net, config)
+            write_instances(run, net, config.walk, config.relation.zoom)
 
-    with run.stage("segment", "6  Segmentation network from the masks"):
+    with run.stage("segment", "Segmentation network from the masks"):
         segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)
 
     return finish(run)

@@ -38,7 +38,7 @@ from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, save_arrays, start
 from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
-from recipes.pipeline.training import RandomScale, Schedule, crop_transform, fit, two_speed_groups
+from recipes.pipeline.training import Moment, RandomScale, Schedule, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, view
 from wsss_losses import AffinityLoss
 from wsss_modules import (
@@ -83,6 +83,20 @@ class AffinityConfig:
 
 
 @dataclass(frozen=True)
+class WalkConfig:
+    """The random walk of CAMs and background score."""
+
+    alpha: float = 16.0
+    """Exponent of the background score that walks with the CAMs."""
+    beta: float = 8.0
+    """Exponent that sharpens the affinities."""
+    steps: int = 256
+    """Number of steps."""
+    method: str = "chebyshev"
+    """power, or chebyshev, which gives the same result to 1e-6 with a third of the products."""
+
+
+@dataclass(frozen=True)
 class Config(RunConfig):
     """Settings of a run."""
 
@@ -91,14 +105,7 @@ class Config(RunConfig):
     threshold: float = 0.25
     """Background score at which the CAMs themselves are measured."""
     affinity: AffinityConfig = field(default_factory=AffinityConfig)
-    walk_alpha: float = 16.0
-    """Exponent of the background score that walks with the CAMs."""
-    beta: float = 8.0
-    """Exponent that sharpens the affinities."""
-    walk_steps: int = 256
-    """Steps of the random walk."""
-    walk_method: str = "chebyshev"
-    """power, or chebyshev, which gives the same result to 1e-6 with a third of the products."""
+    walk: WalkConfig = field(default_factory=WalkConfig)
     mask_crf: bool = True
     """Train the segmentation on CRF-refined masks."""
     segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
@@ -178,18 +185,17 @@ def read_scores(run: Run, name: str) -> Scores:
         return Scores(stored["keys"], stored["low"].astype(np.float32), stored["high"].astype(np.float32))
 
 
-def train_affinity(run: Run, classifier: nn.Module, config: Config) -> AffinityNet:
-    options = config.affinity
-    from_classifier = options.weights == "classifier" and options.backbone == config.classify.backbone
-    weights = "random" if from_classifier or config.max_steps is not None else options.weights
+def train_affinity(run: Run, classifier: Trunk, options: AffinityConfig) -> AffinityNet:
+    from_classifier = options.weights == "classifier" and options.backbone == classifier.name
+    weights = "random" if from_classifier or run.config.max_steps is not None else options.weights
     trunk = build_trunk(options.backbone, weights, output_stride=16)
     if from_classifier:
-        trunk.body.load_state_dict(classifier.trunk.body.state_dict())
+        trunk.body.load_state_dict(classifier.body.state_dict())
     freeze_stages(trunk.body, options.frozen_stages)
     model = AffinityNet(trunk, options)
     loss = AffinityLoss(sync=run.fabric.world_size > 1)
 
-    def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> NamedTuple:
+    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> NamedTuple:
         return loss(model(batch["image"]), affinity_labels(batch["mask"], options.radius, border=options.border))
 
     groups = two_speed_groups(model, [model.head], options.schedule, double_biases=True)
@@ -197,7 +203,7 @@ def train_affinity(run: Run, classifier: nn.Module, config: Config) -> AffinityN
     return model
 
 
-def write_walks(run: Run, model: AffinityNet, config: Config) -> None:
+def write_walks(run: Run, model: AffinityNet, walk: WalkConfig) -> None:
     """Section 3.3: CAMs and background score walk together at stride 8; the mask is the argmax at full size."""
     model.to(run.fabric.device, memory_format=torch.channels_last)
 
@@ -207,12 +213,28 @@ def write_walks(run: Run, model: AffinityNet, config: Config) -> None:
         plain = view(image, size, model.trunk.mean, model.trunk.std, flip=False).to(run.fabric.device)
         affinity = model.affinity(F.pad(plain, (0, -size[1] % STRIDE, 0, -size[0] % STRIDE)))
         cam = torch.from_numpy(stored.cam)[None].to(run.fabric.device)
-        options = {"alpha": config.walk_alpha, "beta": config.beta, "n_steps": config.walk_steps}
-        walked = propagate_cam(cam, affinity, stride=STRIDE, method=config.walk_method, **options)
+        options = {"alpha": walk.alpha, "beta": walk.beta, "n_steps": walk.steps, "method": walk.method}
+        walked = propagate_cam(cam, affinity, stride=STRIDE, **options)
         best = upsample_scores(walked, size, stride=STRIDE)[0].argmax(0)
         return torch.from_numpy(np.append(0, stored.keys))[best.cpu()]
 
     write_masks(run, run.train, mask_of)
+
+
+def refine_with_rw(run: Run, classifier: Trunk, affinity: AffinityConfig, walk: WalkConfig, mask_crf: bool) -> None:
+    """What PSA adds to any CAMs: from those in ``cam/`` to masks in ``mask/`` and, with a CRF, ``mask_crf/``.
+
+    ``classifier`` is the backbone from which the affinity network starts, where it has the same architecture.
+    """
+    with run.stage("labels", "Confident areas: CRF under a strong and a weak background"):
+        write_scores(run, affinity)
+
+    with run.stage("affinity", "Affinity network"):
+        net = train_affinity(run, classifier, affinity)
+
+    with run.stage("masks", "Masks: random walk, and a dense CRF"):
+        write_walks(run, net, walk)
+        refine_masks(run, mask_crf)
 
 
 PRESETS = {
@@ -261,24 +283,16 @@ PRESETS = {
 def main(config: Config) -> dict:
     run = start("rw", config)
 
-    with run.stage("classify", "1  Classifier from tags"):
+    with run.stage("classify", "Classifier from tags"):
         classifier = train_classifier(run, config.classify)
 
-    with run.stage("cams", "2  Class activation maps"):
+    with run.stage("cams", "Class activation maps"):
         write_cams(run, classifier, run.train + run.val, config.cams)
         measure_cams(run, config.threshold)
 
-    with run.stage("labels", "3  Confident areas: CRF under a strong and a weak background"):
-        write_scores(run, config.affinity)
+    refine_with_rw(run, classifier.trunk, config.affinity, config.walk, config.mask_crf)
 
-    with run.stage("affinity", "4  Affinity network"):
-        affinity_net = train_affinity(run, classifier, config)
-
-    with run.stage("masks", "5  Masks: random walk, and a dense CRF"):
-        write_walks(run, affinity_net, config)
-        refine_masks(run, config.mask_crf)
-
-    with run.stage("segment", "6  Segmentation network from the masks"):
+    with run.stage("segment", "Segmentation network from the masks"):
         segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)
 
     return finish(run)

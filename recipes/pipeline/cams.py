@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from recipes.pipeline.models import Classifier
+from recipes.pipeline.models import Trunk
 from recipes.pipeline.run import Run, save_arrays
 from recipes.pipeline.training import scaled_size
 from recipes.pipeline.views import image_tensor, view
@@ -28,6 +29,16 @@ class CamConfig:
     """Sizes whose CAMs are added, each with its mirror image."""
 
 
+class CamModel(Protocol):
+    """What gives CAMs: images (B, 3, H, W) to an output with ``cam`` (B, K, h, w), through a backbone ``trunk``."""
+
+    trunk: Trunk
+
+    def __call__(self, images: Tensor) -> Any: ...
+
+    def to(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
 class Cam(NamedTuple):
     """CAMs of the k present classes of one image, in [0, 1] with maximum 1."""
 
@@ -39,7 +50,7 @@ class Cam(NamedTuple):
     """(k, ceil(H / 4), ceil(W / 4)) float32."""
 
 
-def write_cams(run: Run, model: Classifier, names: Sequence[str], config: CamConfig) -> None:
+def write_cams(run: Run, model: CamModel, names: Sequence[str], config: CamConfig, folder: str = "cam") -> None:
     """Write the CAMs of the tagged classes of each image as IRN does: summed over views, divided by their maximum."""
     model.trunk = model.trunk.with_output_stride(config.output_stride)
     device = run.fabric.device
@@ -58,13 +69,13 @@ def write_cams(run: Run, model: Classifier, names: Sequence[str], config: CamCon
             maps.append(merge_flip(plain, mirrored)[None])
         merged = multi_scale_cam(maps, labels[None], (height, width), stride=4, round_to=16)
         save_arrays(
-            run.path("cam", f"{name}.npz"),
+            run.path(folder, f"{name}.npz"),
             keys=merged.keys.cpu().numpy(),
             cam=merged.high_res.half().cpu().numpy(),
             coarse=merged.cam.half().cpu().numpy(),
         )
 
-    run.for_each(names, lambda name: run.path("cam", f"{name}.npz"), work)
+    run.for_each(names, lambda name: run.path(folder, f"{name}.npz"), work)
 
 
 def read_cam(run: Run, name: str, folder: str = "cam") -> Cam:

@@ -9,9 +9,17 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.pipeline.models import Classifier, build_trunk, freeze_stages
+from recipes.pipeline.models import Classifier, Trunk, build_trunk, freeze_stages
 from recipes.pipeline.run import Run
-from recipes.pipeline.training import RandomLongSide, Schedule, TaggedCrops, crop_transform, fit, two_speed_groups
+from recipes.pipeline.training import (
+    Moment,
+    RandomLongSide,
+    Schedule,
+    TaggedCrops,
+    crop_transform,
+    fit,
+    two_speed_groups,
+)
 
 
 @dataclass(frozen=True)
@@ -40,23 +48,38 @@ class ClassifyConfig:
     """Training schedule."""
 
 
-def multi_label_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def multi_label_loss(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
     """Multi-label soft margin loss: the mean over classes and images of the logistic loss of each tag."""
     return F.multilabel_soft_margin_loss(model(batch["image"]).logits, batch["labels"])
 
 
 def train_classifier(
-    run: Run, config: ClassifyConfig, loss_of: Callable[[nn.Module, dict[str, Tensor]], Any] = multi_label_loss
+    run: Run,
+    config: ClassifyConfig,
+    loss_of: Callable[[nn.Module, dict[str, Tensor], Moment], Any] = multi_label_loss,
 ) -> Classifier:
-    """Train a classifier on the tags of the training images with ``loss_of(model, batch)``."""
+    """Train a classifier on the tags of the training images with ``loss_of(model, batch, at)``."""
+    model = build_classifier(run, config)
+    groups = two_speed_groups(model, [model.head], config.schedule, double_biases=config.double_biases)
+    fit(run, "classify", model, tagged_crops(run, config, model.trunk), loss_of, groups, config.schedule)
+    return model
+
+
+def build_classifier(run: Run, config: ClassifyConfig) -> Classifier:
+    """An untrained classifier on a pretrained backbone with frozen first stages."""
+    return Classifier(classifier_trunk(run, config), len(run.dataset.classes), dropout=config.dropout)
+
+
+def classifier_trunk(run: Run, config: ClassifyConfig) -> Trunk:
+    """The pretrained backbone of ``config`` with its first stages frozen; random weights in a run cut short."""
     weights = "random" if run.config.max_steps is not None else config.weights
     trunk = build_trunk(config.backbone, weights, config.output_stride)
     freeze_stages(trunk.body, config.frozen_stages)
-    model = Classifier(trunk, len(run.dataset.classes), dropout=config.dropout)
+    return trunk
+
+
+def tagged_crops(run: Run, config: ClassifyConfig, trunk: Trunk) -> TaggedCrops:
+    """Augmented crops of the training images with their tags, normalised as ``trunk`` wants them."""
     resize = RandomLongSide(*config.long_side)
-    crops = TaggedCrops(
-        run.dataset, run.train, crop_transform(resize, config.crop, trunk.mean, trunk.std, jitter=config.jitter)
-    )
-    groups = two_speed_groups(model, [model.head], config.schedule, double_biases=config.double_biases)
-    fit(run, "classify", model, crops, loss_of, groups, config.schedule)
-    return model
+    transform = crop_transform(resize, config.crop, trunk.mean, trunk.std, jitter=config.jitter)
+    return TaggedCrops(run.dataset, run.train, transform)

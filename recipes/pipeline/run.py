@@ -69,10 +69,20 @@ class RunConfig:
     max_steps: int | None = None
     """Take so many steps, or images, in every stage, with random weights: proves a preset at its real shapes."""
     reuse: Path | None = None
-    """Finished run whose classifier and CAMs are taken over; its classifier settings must be the same."""
+    """Finished run whose classifier (and CAMs, where they are the plain ones) is taken over if its settings agree."""
+    until: str | None = None
+    """Stop after this stage (classify, cams, masks, ...); the same command without it goes on from there."""
 
 
-IDENTITY_FIELDS_LEFT_OUT = ("out", "workers", "devices", "nodes", "accelerator", "reuse")
+IDENTITY_FIELDS_LEFT_OUT = ("out", "workers", "devices", "nodes", "accelerator", "reuse", "until")
+
+
+class StoppedEarly(Exception):
+    """The stage after which ``run`` was to stop is done."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(f"stopped after {run.config.until} as asked")
+        self.run = run
 
 
 class Run:
@@ -81,6 +91,7 @@ class Run:
     def __init__(self, recipe: str, config: RunConfig, fabric: Fabric, dataset: ImageSet, folder: Path) -> None:
         self.recipe, self.config, self.fabric, self.dataset, self.folder = recipe, config, fabric, dataset, folder
         self.console = Console(quiet=fabric.global_rank > 0)
+        self.stages_begun = 0
 
     # Which images a stage works on: all, or the first max_steps of them.
 
@@ -154,8 +165,12 @@ class Run:
 
         Weights that the stage draws depend on its name and the seed, not on whether the stages before ran or were
         found done.
+
+        Raises:
+            StoppedEarly: after the stage that ``--until`` names.
         """
-        self.console.rule(f"[bold]{title}", align="left")
+        self.stages_begun += 1
+        self.console.rule(f"[bold]{self.stages_begun}  {title}", align="left")
         torch.manual_seed(self.derived_seed(name))
         start, memory = time.perf_counter(), _PeakMemory()
         try:
@@ -168,6 +183,8 @@ class Run:
                 stages={name: {"seconds": round(seconds, 2), "peak_mb": max(before["peak_mb"], memory.peak_mb)}}
             )
         self.fabric.barrier()
+        if name == self.config.until:
+            raise StoppedEarly(self)
 
     def for_each(self, names: Sequence[str], output: Callable[[str], Path], work: Callable[[str], None]) -> None:
         """Call ``work`` for every image whose ``output`` file is not there yet.
@@ -211,8 +228,13 @@ class Run:
         )
 
 
-def start(recipe: str, config: RunConfig) -> Run:
+def start(recipe: str, config: RunConfig, takes: Sequence[str] = ("classify", "cams")) -> Run:
     """Check all inputs, start the processes, make or reopen the run folder.
+
+    Args:
+        recipe: name of the recipe.
+        config: its settings.
+        takes: stages that ``--reuse`` takes over: the classifier, and the CAMs where they are the plain classifier's.
 
     Raises:
         ValueError: a run folder made with other settings, or bad data (see :func:`load_dataset`).
@@ -236,7 +258,7 @@ def start(recipe: str, config: RunConfig) -> Run:
     fabric.barrier()
     run = Run(recipe, config, fabric, dataset, folder)
     if config.reuse is not None and fabric.global_rank == 0:
-        _take_over(run, config.reuse)
+        _take_over(run, config.reuse, takes)
     fabric.barrier()
     return run
 
@@ -266,29 +288,33 @@ def _open_folder(folder: Path, recipe: str, config: RunConfig) -> None:
         yaml.safe_dump(wanted, out, sort_keys=False)
 
 
-def _take_over(run: Run, source: Path) -> None:
-    """Link the classifier and the CAMs of ``source`` into ``run`` if they were made with the same settings."""
+def _take_over(run: Run, source: Path, takes: Sequence[str]) -> None:
+    """Link what the stages ``takes`` left in ``source`` into ``run`` if it was made with the same settings."""
+    if not takes:
+        raise ValueError(f"reuse: {run.recipe} trains no plain classifier, so there is nothing to take over")
     file = source / "config.yaml"
     if not file.exists():
         raise ValueError(f"reuse: expected a run folder with config.yaml, got {source}")
     found, wanted = yaml.safe_load(file.read_text()), settings(run.config)
-    keys = ("data", "labels", "classes", "train_list", "seed", "max_steps", "classify", "cams")
+    keys = ("data", "labels", "classes", "train_list", "seed", "max_steps", *takes)
     differing = [key for key in keys if found.get(key) != wanted.get(key)]
     if differing:
         told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in differing)
         raise ValueError(f"reuse: the classifier of {source} was made with other settings ({told})")
-    needed = [source / "checkpoints" / "classify.pt", *(source / "cam" / f"{name}.npz" for name in run.train)]
+    needed, found_too = [source / "checkpoints" / "classify.pt"], [source / "curves" / "classify.jsonl"]
+    if "cams" in takes:
+        needed += [source / "cam" / f"{name}.npz" for name in run.train]
+        found_too += (source / "cam").rglob("*.npz")
     missing = [str(file) for file in needed if not file.exists()]
     if missing:
         raise ValueError(f"reuse: {source} is not finished, {len(missing)} files are missing, e.g. {missing[0]}")
-    curves = source / "curves" / "classify.jsonl"
-    for file in [*needed, *(source / "cam").rglob("*.npz"), *([curves] if curves.exists() else [])]:
+    for file in [*needed, *(file for file in found_too if file.exists())]:
         target = run.folder / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             os.link(file, target)
     stages = json.loads((source / "metrics.json").read_text())["stages"]
-    run.record(stages={name: stages[name] for name in ("classify", "cams") if name in stages}, reused=str(source))
+    run.record(stages={name: stages[name] for name in takes if name in stages}, reused=str(source))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from recipes.pipeline.run import Run, save_mask
 from recipes.pipeline.training import (
     IGNORE,
     MaskedCrops,
+    Moment,
     RandomScale,
     Schedule,
     crop_transform,
@@ -140,7 +141,7 @@ def train_segmentation(run: Run, mask_of: Callable[[str], np.ndarray], config: S
         run.dataset, run.train, mask_of, crop_transform(RandomScale(*config.scale), config.crop, model.mean, model.std)
     )
 
-    def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
         logits = F.interpolate(model(batch["image"]), batch["mask"].shape[-2:], mode="bilinear", align_corners=False)
         labelled = (batch["mask"] != IGNORE).sum().clamp(min=1)
         return F.cross_entropy(logits, batch["mask"], ignore_index=IGNORE, reduction="sum") / labelled

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,15 @@ class Schedule:
     """SGD momentum. PSA and IRN in effect use their weight decay here, see the recipes."""
     power: float = 0.9
     """Exponent of the poly schedule."""
+
+
+class Moment(NamedTuple):
+    """Where a training stands, all counted from 0."""
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
 
 
 def poly_sgd(
@@ -84,7 +93,7 @@ def fit(
     stage: str,
     model: nn.Module,
     dataset: Dataset[dict[str, Tensor]],
-    loss_of: Callable[[nn.Module, dict[str, Tensor]], Any],
+    loss_of: Callable[[nn.Module, dict[str, Tensor], Moment], Any],
     groups: Sequence[dict[str, Any]],
     schedule: Schedule,
     *,
@@ -100,7 +109,8 @@ def fit(
         stage: name of the checkpoint and of the curve.
         model: anything; moved to the device.
         dataset: items are dictionaries of tensors; its ``__getitem__`` may draw from torch's global generator.
-        loss_of: ``loss_of(model, batch)`` gives a scalar, or a NamedTuple whose first field is the total.
+        loss_of: ``loss_of(model, batch, at)`` gives a scalar, or a NamedTuple whose first field is the total; ``at`` is
+            the :class:`Moment`, for what changes in the course of a training.
         groups: parameter groups.
         schedule: epochs, batch size, momentum, power.
         checkpoint_seconds: time between checkpoints.
@@ -112,7 +122,8 @@ def fit(
         model.load_state_dict(torch.load(final, map_location=device, weights_only=True)["model"])
         return model.eval()
 
-    steps = schedule.epochs * max(1, len(dataset) // schedule.batch_size)
+    per_epoch = max(1, len(dataset) // schedule.batch_size)
+    steps = schedule.epochs * per_epoch
     steps = steps if run.config.max_steps is None else min(steps, run.config.max_steps)
     optimizer, scheduler = poly_sgd(groups, steps, momentum=schedule.momentum, power=schedule.power)
     done, curve = 0, []
@@ -132,7 +143,10 @@ def fit(
         bar = progress.add_task(stage, total=steps, completed=done)
         for step, batch in zip(range(done, steps), batches, strict=True):
             torch.manual_seed(run.derived_seed(stage, "step", step, fabric.global_rank))
-            output = loss_of(wrapped, fabric.to_device({key: _channels_last(value) for key, value in batch.items()}))
+            at = Moment(step, steps, step // per_epoch, schedule.epochs)
+            output = loss_of(
+                wrapped, fabric.to_device({key: _channels_last(value) for key, value in batch.items()}), at
+            )
             total = output if isinstance(output, Tensor) else output[0]
             optimizer.zero_grad(set_to_none=True)
             fabric.backward(total)
@@ -295,7 +309,7 @@ def crop_transform(
 
 
 class TaggedCrops(Dataset):
-    """``image`` (3, crop, crop) and ``labels`` (K,): what a classifier trains on."""
+    """What a classifier trains on: ``image`` (3, crop, crop), ``labels`` (K,), ``index`` (), the place in ``names``."""
 
     def __init__(self, dataset: ImageSet, names: Sequence[str], transform: v2.Transform) -> None:
         self.dataset, self.names, self.transform = dataset, names, transform
@@ -306,7 +320,8 @@ class TaggedCrops(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         name = self.names[index]
         image = self.transform(tv_tensors.Image(self.dataset.image(name)))
-        return {"image": image.as_subclass(Tensor), "labels": torch.from_numpy(self.dataset.labels(name))}
+        labels = torch.from_numpy(self.dataset.labels(name))
+        return {"image": image.as_subclass(Tensor), "labels": labels, "index": torch.tensor(index)}
 
 
 class MaskedCrops(Dataset):

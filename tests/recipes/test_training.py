@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 
 from recipes.pipeline.run import Run, RunConfig
 from recipes.pipeline.training import (
+    Moment,
     RandomLongSide,
     RandomScale,
     Schedule,
@@ -42,7 +43,7 @@ def small_model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
 
 
-def squared_error(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def squared_error(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
     return (model(batch["x"]) - batch["y"]).square().mean()
 
 
@@ -91,12 +92,12 @@ def test_killed_training_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole = train(make_run(tmp_path / "whole"))
     calls = 0
 
-    def killed_at_the_fourth_step(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def killed_at_the_fourth_step(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return squared_error(model, batch)
+        return squared_error(model, batch, at)
 
     run = make_run(tmp_path / "killed")
     with pytest.raises(KeyboardInterrupt):
@@ -105,10 +106,10 @@ def test_killed_training_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert torch.load(partial, weights_only=True)["step"] == 3
     resumed_steps = 0
 
-    def counted(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def counted(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
         nonlocal resumed_steps
         resumed_steps += 1
-        return squared_error(model, batch)
+        return squared_error(model, batch, at)
 
     assert same(train(run, counted), whole)
     assert resumed_steps == 6 - 3
@@ -118,11 +119,22 @@ def test_killed_training_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in curves[0].splitlines()] == [0, 5]
 
 
+def test_loss_is_told_where_the_training_stands(tmp_path: Path) -> None:
+    seen = []
+
+    def noted(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
+        seen.append(at)
+        return squared_error(model, batch, at)
+
+    train(make_run(tmp_path), noted)  # 10 points, batches of 4: two steps an epoch
+    assert seen == [Moment(step, 6, step // 2, 3) for step in range(6)]
+
+
 def test_finished_training_is_loaded_not_repeated(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     first = train(run)
 
-    def never(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def never(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
         raise AssertionError
 
     assert same(train(run, never), first)
@@ -145,7 +157,7 @@ def test_max_steps_cuts_training_short_even_with_fewer_images_than_a_batch(tmp_p
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="points: the loss is nan at step 0; lower the learning rate"):
-        train(make_run(tmp_path), lambda model, batch: squared_error(model, batch) * float("nan"))
+        train(make_run(tmp_path), lambda model, batch, at: squared_error(model, batch, at) * float("nan"))
 
 
 @pytest.mark.slow
