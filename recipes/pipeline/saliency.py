@@ -1,0 +1,161 @@
+"""Saliency maps for the systems that lean on them: the data set's own, a folder of files, or what C2AM learnt.
+
+A map says for each pixel how likely it belongs to any object at all: 1 (white) is foreground.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from recipes.pipeline.data import ImageSet
+from recipes.pipeline.data.image_set import first_five, listing
+from recipes.pipeline.run import Run, replacing
+
+FOLDER = "saliency"  # of a run
+SUFFIXES = (".png", ".npz")
+
+
+def saliency_source(
+    run: Run, spec: str | None = None, names: Sequence[str] | None = None
+) -> Callable[[str], np.ndarray]:
+    """Where the saliency maps of a run come from; every map is read once before it is relied upon.
+
+    Args:
+        run: gives the images.
+        spec: None for the maps of the data set itself (the demo set has some); a folder that holds NAME.png (grey,
+            white is foreground) or NAME.npz (``saliency``, or its only array) for each image; or the folder of a
+            ``c2am`` run, whose ``saliency/`` is then meant.
+        names: the images that need a map; by default all training images.
+
+    Returns:
+        From the name of an image to its map, (H, W) float32 in [0, 1] at the size of the photograph. Maps of another
+        size are resized bilinearly. It can be pickled, so that loader processes may hold it.
+
+    Raises:
+        ValueError: no such folder, images without a map (the message names them), files that hold something else.
+    """
+    names = run.train if names is None else names
+    source = _own_maps(run.dataset, names) if spec is None else _maps_in(Path(spec).expanduser(), run.dataset, names)
+    _read_all(source, names, run.config.workers)
+    return source
+
+
+def save_saliency(run: Run, name: str, saliency: np.ndarray) -> None:
+    """Write a map (H, W) in [0, 1] as ``saliency/NAME.png``: 8-bit grey, white is foreground."""
+    with replacing(run.path(FOLDER, f"{name}.png")) as file:
+        Image.fromarray((saliency * 255).round().astype(np.uint8)).save(file, format="PNG")
+
+
+def read_saliency(run: Run, name: str) -> np.ndarray:
+    """What :func:`save_saliency` wrote: (H, W) float32 in [0, 1], in steps of 1/255."""
+    return _read_file(run.path(FOLDER, f"{name}.png"))
+
+
+@dataclass(frozen=True)
+class _OwnMaps:
+    dataset: ImageSet
+
+    def __call__(self, name: str) -> np.ndarray:
+        saliency = self.dataset.saliency(name)
+        if saliency is None:
+            raise ValueError(f"saliency: {self.dataset.name} has none of image {name!r}")
+        return saliency
+
+
+@dataclass(frozen=True)
+class _FileMaps:
+    dataset: ImageSet
+    files: Mapping[str, str]
+
+    def __call__(self, name: str) -> np.ndarray:
+        return _resized(_read_file(Path(self.files[name])), self.dataset.size(name))
+
+
+def _own_maps(dataset: ImageSet, names: Sequence[str]) -> _OwnMaps:
+    missing = [name for name in names if dataset.annotations.saliency(name) is None]
+    if missing:
+        raise ValueError(
+            f"saliency: {dataset.name} comes without a map for {first_five(missing, 'image')}; give a folder of maps, "
+            "or that of a c2am run (python -m recipes run c2am learns them from the photographs alone)"
+        )
+    return _OwnMaps(dataset)
+
+
+def _maps_in(folder: Path, dataset: ImageSet, names: Sequence[str]) -> _FileMaps:
+    hint = ""
+    if (folder / "config.yaml").is_file():
+        folder, hint = folder / FOLDER, "; is that c2am run finished, and was it made on the same images?"
+    if not folder.is_dir():
+        raise ValueError(f"saliency: expected a folder of maps or of a c2am run, found no folder {folder}{hint}")
+    files = listing(folder, SUFFIXES)
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise ValueError(
+            f"saliency: {folder} has no {' or '.join(SUFFIXES)} for {first_five(missing, 'image')}"
+            f"{hint or f'; files are named like the images, such as {names[0]}.png'}"
+        )
+    return _FileMaps(dataset, {name: files[name] for name in names})
+
+
+def _read_all(source: Callable[[str], np.ndarray], names: Sequence[str], workers: int) -> None:
+    def complaint(name: str) -> str:
+        try:
+            source(name)
+        except ValueError as error:
+            return str(error).removeprefix("saliency: ")
+        return ""
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:  # decoding frees the interpreter
+        broken = list(filter(None, pool.map(complaint, names)))
+    if broken:
+        raise ValueError(f"saliency: {first_five(broken, 'broken map')}")
+
+
+def _read_file(path: Path) -> np.ndarray:
+    try:
+        return _read_array(path) if path.suffix.lower() == ".npz" else _read_picture(path)
+    except (OSError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:  # what broken files raise
+        raise ValueError(f"{path}: cannot be read as a saliency map ({error}); is the file complete?") from error
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        if picture.mode.startswith("I"):  # 16 bits
+            return np.asarray(picture, dtype=np.float32) / 65535
+        if picture.mode in ("1", "L"):
+            return np.asarray(picture.convert("L"), dtype=np.float32) / 255
+        colours = np.asarray(picture.convert("RGBA").convert("RGB"))
+    if (colours != colours[..., :1]).any():
+        raise ValueError(f"{path}: expected a grey picture, found colours; is it a mask?")
+    return colours[..., 0].astype(np.float32) / 255
+
+
+def _read_array(path: Path) -> np.ndarray:
+    if not zipfile.is_zipfile(path):  # np.load would take it for a pickle
+        raise zipfile.BadZipFile("not a zip file")
+    with np.load(path, allow_pickle=False) as stored:
+        key = FOLDER if FOLDER in stored else stored.files[0] if len(stored.files) == 1 else None
+        if key is None:
+            raise ValueError(f"{path}: expected one array, or one named {FOLDER}; found {', '.join(stored.files)}")
+        values = stored[key]
+    if values.ndim != 2:
+        raise ValueError(f"{path}: expected an array (H, W), found shape {values.shape}")
+    values = values.astype(np.float32) / (255 if values.dtype == np.uint8 else 1)
+    if not (values.size and np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        raise ValueError(f"{path}: expected values in [0, 1] (or uint8), found others")
+    return values
+
+
+def _resized(saliency: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if saliency.shape == size:
+        return saliency
+    picture = Image.fromarray(saliency).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return np.asarray(picture).clip(0, 1)  # rounding may step over the ends
