@@ -23,6 +23,7 @@ __all__ = [
     "background_score",
     "cam_to_mask",
     "merge_flip",
+    "minmax_cam",
     "multi_scale_cam",
     "normalize_cam",
     "select_present",
@@ -71,6 +72,47 @@ def normalize_cam(cam: Tensor, eps: float = 1e-5, *, subtract_min: bool = False)
         values = values - values.amin((-2, -1), keepdim=True)
     scale = values.amax((-2, -1), keepdim=True) + eps
     return (values / torch.where(scale > 0, scale, 1.0)).to(cam.dtype)
+
+
+def minmax_cam(cam: Tensor, eps: float = 1e-5) -> Tensor:
+    r"""Rectify every map and stretch it to the full range.
+
+    .. math:: \hat a_k = \frac{r(r(a_k) - \min_{hw} r(a_k) - \epsilon)}{\max_{hw} r(a_k) - \min_{hw} r(a_k) + \epsilon}
+
+    with r = ReLU.
+
+    Args:
+        cam: (..., H, W) floating point, signed.
+        eps: Subtracted above and added below; a map whose range is within it becomes zero, also one that is constant.
+
+    Returns:
+        (..., H, W) in [0, 1), in the dtype of ``cam``; the maximum of a map rounds to 1 where its range is far above
+        ``eps``. Gradients flow through minimum and maximum as well.
+
+    Raises:
+        TypeError: ``cam`` is not floating point.
+        ValueError: ``cam`` has fewer than two axes.
+
+    Paper:
+        As in the released code of AEFT (Yoon et al., ECCV 2022) and PPC (Du et al., CVPR 2022, arXiv:2110.07110).
+
+    Notes:
+        `normalize_cam` with ``subtract_min`` has no ``eps`` above, so that only the minimum itself becomes zero. Half
+        precision is normalised in float32.
+
+    Example:
+        >>> minmax_cam(torch.tensor([[[-3.0, 0.0], [2.0, 4.0]]]))
+        tensor([[[0.0000, 0.0000],
+                 [0.5000, 1.0000]]])
+    """
+    check_floating("cam", cam)
+    if cam.ndim < 2:
+        raise ValueError(f"cam: expected shape (..., H, W), got {tuple(cam.shape)}")
+    if cam.numel() == 0:
+        return cam
+    values = F.relu(_at_least_float32(cam))
+    low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
+    return (F.relu(values - low - eps) / (high - low + eps)).to(cam.dtype)
 
 
 def background_score(cam: Tensor, alpha: float, labels: Tensor | None = None) -> Tensor:
