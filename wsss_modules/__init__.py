@@ -62,6 +62,10 @@ from wsss_modules.instances import (
     detect_instances,
     find_centroids,
 )
+from wsss_modules.pooling import (
+    PresentFeatures,
+    class_masked_pooling,
+)
 from wsss_modules.random_walk import (
     RandomWalk,
     propagate_cam,
@@ -99,6 +103,7 @@ __all__ = [
     "PathOffsets",
     "PermutohedralLattice",
     "PresentCAM",
+    "PresentFeatures",
     "RandomWalk",
     "ResNet38",
     "ResNet38Features",
@@ -107,6 +112,7 @@ __all__ = [
     "affinity_offsets",
     "background_score",
     "cam_to_mask",
+    "class_masked_pooling",
     "cluster_centroids",
     "confident_label",
     "confident_label_from_cam",
