@@ -66,6 +66,10 @@ from wsss_modules.pooling import (
     PresentFeatures,
     class_masked_pooling,
 )
+from wsss_modules.prototypes import (
+    Clusters,
+    kmeans,
+)
 from wsss_modules.random_walk import (
     RandomWalk,
     propagate_cam,
@@ -90,6 +94,7 @@ __all__ = [
     "CAMOutput",
     "CRFKernels",
     "CRFParameters",
+    "Clusters",
     "DenseCRF",
     "DisplacementHead",
     "EdgeDisplacement",
@@ -124,6 +129,7 @@ __all__ = [
     "edge_to_affinity",
     "feature_affinity",
     "find_centroids",
+    "kmeans",
     "mean_field",
     "merge_flip",
     "minmax_cam",
