@@ -247,6 +247,7 @@ def multi_scale_cam(
     mirrored: Sequence[bool] | None = None,
     stride: int = 1,
     round_to: int | None = None,
+    relu: bool = False,
     eps: float = 1e-5,
     subtract_min: bool = False,
 ) -> PresentCAM:
@@ -257,15 +258,17 @@ def multi_scale_cam(
     PSA: ``multi_scale_cam(maps, labels, size, mirrored=[False, True] * 4)`` gives ``cam`` at image size.
     IRN: ``multi_scale_cam(maps, labels, size, stride=4, round_to=16)`` gives ``cam`` at stride 4, for the random walk,
     and ``high_res`` at image size, for labels; its maps were merged with `merge_flip` before.
+    OC-CSE and AEFT: as PSA, of maps that may be negative, with ``relu=True``.
 
     Args:
-        maps: One (B, K, h_i, w_i) tensor per scale (and flip), at least 0.
+        maps: One (B, K, h_i, w_i) tensor per scale (and flip), at least 0 unless ``relu``.
         labels: (B, K) multi-hot.
         size: (H, W) of the images in pixels; the same for all images of the batch.
         mirrored: For each of ``maps`` whether it belongs to the mirrored images and must be flipped back.
         stride: ``cam`` lies on a grid of ceil(H / stride) by ceil(W / stride).
         round_to: Also give ``high_res``: up-sampled to the next multiple of ``round_to``, which keeps the cells aligned
             with a network of that stride, then cut to ``size``. Its maximum is taken after the cut.
+        relu: Apply ReLU to each map between the up-sampling and the sum.
         eps: See `normalize_cam`.
         subtract_min: See `normalize_cam`.
 
@@ -307,9 +310,9 @@ def multi_scale_cam(
         check_floating(f"maps[{i}]", scale)
         present = _at_least_float32(scale[image, index])  # (M, h, w)
         present = present.flip(-1) if flip else present
-        cam = _add(cam, _resize(present, grid))
+        cam = _add(cam, _resize(present, grid, relu))
         if fine is not None:
-            high = _add(high, _resize(present, fine)[:, : size[0], : size[1]])
+            high = _add(high, _resize(present, fine, relu)[:, : size[0], : size[1]])
     assert cam is not None  # for mypy: maps is not empty
     cam = normalize_cam(cam, eps, subtract_min=subtract_min).to(maps[0].dtype)
     if high is not None:
@@ -458,8 +461,9 @@ def _round_up(n: int, multiple: int) -> int:
     return math.ceil(n / multiple) * multiple
 
 
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+def _resize(maps: Tensor, size: tuple[int, int], relu: bool) -> Tensor:
+    resized = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    return F.relu(resized) if relu else resized
 
 
 def _add(total: Tensor | None, item: Tensor) -> Tensor:
