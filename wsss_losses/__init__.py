@@ -10,6 +10,11 @@ from wsss_losses.irn import (
     displacement_loss,
     inter_pixel_relation_loss,
 )
+from wsss_losses.occse import (
+    ClassSpecificErasingLoss,
+    ClassSpecificErasingTerms,
+    class_specific_erasing_loss,
+)
 from wsss_losses.psa import (
     AffinityLoss,
     AffinityTerms,
@@ -20,12 +25,15 @@ __all__ = [
     "AffinityLoss",
     "AffinityTerms",
     "BoundaryAffinityLoss",
+    "ClassSpecificErasingLoss",
+    "ClassSpecificErasingTerms",
     "DisplacementLoss",
     "DisplacementTerms",
     "InterPixelRelationLoss",
     "InterPixelRelationTerms",
     "affinity_loss",
     "boundary_affinity_loss",
+    "class_specific_erasing_loss",
     "displacement_loss",
     "inter_pixel_relation_loss",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import wsss_losses as losses
-from wsss_modules import AffinityLabels, affinity_labels
+from wsss_modules import AffinityLabels, affinity_labels, sample_erase_class
 
 # What the images of a batch may lack. "typical" has everything.
 SITUATIONS = ("typical", "no_label", "all_ignored", "batch_1", "smallest")
@@ -91,6 +91,21 @@ def _irn_maps(situation: str) -> tuple[Tensor, Tensor, Tensor]:
     return (*_edge_and_mask(situation)[:1], *_displacement_and_mask(situation))
 
 
+def _erasing(situation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits of two networks, labels, and the labels without the first class of each image."""
+    labels = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)
+    if situation == "no_label":
+        labels[1] = 0
+    if situation == "all_ignored":
+        labels = labels * 0
+    if situation == "batch_1":
+        labels = labels[:1]
+    if situation == "smallest":
+        labels = labels[:1, :1]
+    remaining = sample_erase_class(labels, index=labels.argmax(1)).remaining
+    return random(*labels.shape, seed=4), random(*labels.shape, seed=5), labels, remaining
+
+
 PAIR_OPTIONS = {"radius": 3}
 FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
 
@@ -123,5 +138,13 @@ CASES = (
         zero_in=("all_ignored", "smallest"),
         varies=(FULL_BORDER,),
         sync=True,
+    ),
+    LossCase(
+        losses.class_specific_erasing_loss,
+        losses.ClassSpecificErasingLoss,
+        _erasing,
+        predictions=2,
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"reduction": "sum"}, {"reduction": "none", "weight": 1.0}),
     ),
 )
