@@ -20,6 +20,14 @@ from wsss_losses.psa import (
     AffinityTerms,
     affinity_loss,
 )
+from wsss_losses.spatial_bce import (
+    ForegroundRatioKLLoss,
+    SpatialBCELoss,
+    SpatialBCEThresholdLoss,
+    foreground_ratio_kl_loss,
+    spatial_bce_loss,
+    spatial_bce_threshold_loss,
+)
 
 __all__ = [
     "AffinityLoss",
@@ -29,11 +37,17 @@ __all__ = [
     "ClassSpecificErasingTerms",
     "DisplacementLoss",
     "DisplacementTerms",
+    "ForegroundRatioKLLoss",
     "InterPixelRelationLoss",
     "InterPixelRelationTerms",
+    "SpatialBCELoss",
+    "SpatialBCEThresholdLoss",
     "affinity_loss",
     "boundary_affinity_loss",
     "class_specific_erasing_loss",
     "displacement_loss",
+    "foreground_ratio_kl_loss",
     "inter_pixel_relation_loss",
+    "spatial_bce_loss",
+    "spatial_bce_threshold_loss",
 ]

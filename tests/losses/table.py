@@ -106,6 +106,32 @@ def _erasing(situation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return random(*labels.shape, seed=4), random(*labels.shape, seed=5), labels, remaining
 
 
+def _image_labels(situation: str) -> Tensor:
+    """(B, 3) tags of one or two classes, or of none."""
+    labels = torch.tensor([[1, 0, 1], [0, 1, 0]], dtype=torch.float64)
+    labels = labels[:1] if situation in ("batch_1", "smallest") else labels
+    return torch.zeros_like(labels) if situation in ("no_label", "all_ignored") else labels
+
+
+def _pixel_logits(situation: str, seed: int) -> Tensor:
+    size = (1, 1) if situation == "smallest" else (5, 6)
+    return random(len(_image_labels(situation)), 3, *size, seed=seed)
+
+
+def _spatial_bce(situation: str) -> tuple[Tensor, Tensor, Tensor]:
+    labels = _image_labels(situation)
+    return _pixel_logits(situation, 1), labels, torch.sigmoid(random(*labels.shape, seed=2))
+
+
+def _spatial_bce_threshold(situation: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _pixel_logits(situation, 1), _image_labels(situation), _pixel_logits(situation, 2)
+
+
+def _foreground_ratio(situation: str) -> tuple[Tensor, Tensor, Tensor]:
+    labels = _image_labels(situation)
+    return _pixel_logits(situation, 1), labels, 0.2 * labels
+
+
 PAIR_OPTIONS = {"radius": 3}
 FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
 
@@ -146,5 +172,27 @@ CASES = (
         predictions=2,
         zero_in=(),  # the absence of all classes is learnt too
         varies=({"reduction": "sum"}, {"reduction": "none", "weight": 1.0}),
+    ),
+    LossCase(
+        losses.spatial_bce_loss,
+        losses.SpatialBCELoss,
+        _spatial_bce,
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"min_threshold": 0.5, "eps": 0.2, "reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.spatial_bce_threshold_loss,
+        losses.SpatialBCEThresholdLoss,
+        _spatial_bce_threshold,
+        zero_in=("all_ignored", "no_label"),
+        sync=True,
+    ),
+    LossCase(
+        losses.foreground_ratio_kl_loss,
+        losses.ForegroundRatioKLLoss,
+        _foreground_ratio,
+        zero_in=("all_ignored", "no_label"),
+        varies=({"reduction": "sum"}, {"reduction": "none"}),
+        sync=True,
     ),
 )
