@@ -28,6 +28,14 @@ from wsss_losses.spatial_bce import (
     spatial_bce_loss,
     spatial_bce_threshold_loss,
 )
+from wsss_losses.recam import (
+    ReCAMLoss,
+    ReCAMTerms,
+    SoftmaxReactivationLoss,
+    SoftmaxReactivationTerms,
+    recam_loss,
+    sce_reactivation_loss,
+)
 
 __all__ = [
     "AffinityLoss",
@@ -40,6 +48,10 @@ __all__ = [
     "ForegroundRatioKLLoss",
     "InterPixelRelationLoss",
     "InterPixelRelationTerms",
+    "ReCAMLoss",
+    "ReCAMTerms",
+    "SoftmaxReactivationLoss",
+    "SoftmaxReactivationTerms",
     "SpatialBCELoss",
     "SpatialBCEThresholdLoss",
     "affinity_loss",
@@ -48,6 +60,8 @@ __all__ = [
     "displacement_loss",
     "foreground_ratio_kl_loss",
     "inter_pixel_relation_loss",
+    "recam_loss",
+    "sce_reactivation_loss",
     "spatial_bce_loss",
     "spatial_bce_threshold_loss",
 ]

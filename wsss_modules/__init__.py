@@ -73,6 +73,7 @@ from wsss_modules.instances import (
 from wsss_modules.pooling import (
     PresentFeatures,
     class_masked_pooling,
+    pool_present_classes,
 )
 from wsss_modules.prototypes import (
     Clusters,
@@ -85,6 +86,11 @@ from wsss_modules.random_walk import (
     random_walk,
     upsample_scores,
     walk_scores,
+)
+from wsss_modules.reactivation import (
+    ReCAMHead,
+    ReCAMOutput,
+    reactivated_cam,
 )
 from wsss_modules.seeds import (
     confident_label,
@@ -136,6 +142,8 @@ __all__ = [
     "PresentCAM",
     "PresentFeatures",
     "RandomWalk",
+    "ReCAMHead",
+    "ReCAMOutput",
     "ResNet38",
     "ResNet38Features",
     "SpatialBCEHead",
@@ -169,10 +177,12 @@ __all__ = [
     "pair_displacement",
     "pair_index",
     "path_offsets",
+    "pool_present_classes",
     "propagate_cam",
     "propagate_to_edge",
     "random_walk",
     "rank_threshold",
+    "reactivated_cam",
     "sample_erase_class",
     "select_present",
     "threshold_without_temperature",

@@ -132,6 +132,21 @@ def _foreground_ratio(situation: str) -> tuple[Tensor, Tensor, Tensor]:
     return _pixel_logits(situation, 1), labels, 0.2 * labels
 
 
+def _recam(situation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Image logits, features of each class, labels, and the second classifier."""
+    labels = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)
+    if situation == "no_label":
+        labels[1] = 0
+    if situation == "all_ignored":
+        labels = labels * 0
+    if situation == "batch_1":
+        labels = labels[:1]
+    if situation == "smallest":
+        labels = labels[:1, :1]
+    batch, classes = labels.shape
+    return random(batch, classes, seed=6), random(batch, classes, 3, seed=7), labels, random(classes, 3, seed=8)
+
+
 PAIR_OPTIONS = {"radius": 3}
 FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
 
@@ -194,5 +209,20 @@ CASES = (
         zero_in=("all_ignored", "no_label"),
         varies=({"reduction": "sum"}, {"reduction": "none"}),
         sync=True,
+    ),
+    LossCase(
+        losses.sce_reactivation_loss,
+        losses.SoftmaxReactivationLoss,
+        lambda situation: _recam(situation)[1:],
+        zero_in=("all_ignored", "smallest"),  # one class alone is certain
+        varies=({"reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.recam_loss,
+        losses.ReCAMLoss,
+        _recam,
+        predictions=2,
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"sce_weight": 0.1, "reduction": "sum"}, {"reduction": "none"}),
     ),
 )
