@@ -50,8 +50,13 @@ class Cam(NamedTuple):
     """(k, ceil(H / 4), ceil(W / 4)) float32."""
 
 
-def write_cams(run: Run, model: CamModel, names: Sequence[str], config: CamConfig, folder: str = "cam") -> None:
-    """Write the CAMs of the tagged classes of each image as IRN does: summed over views, divided by their maximum."""
+def write_cams(
+    run: Run, model: CamModel, names: Sequence[str], config: CamConfig, folder: str = "cam", *, signed: bool = False
+) -> None:
+    """Write the CAMs of the tagged classes of each image as IRN does: summed over views, divided by their maximum.
+
+    ``signed``: the model's maps may be negative; ReLU comes after the up-sampling of each view (OC-CSE, AEFT).
+    """
     model.trunk = model.trunk.with_output_stride(config.output_stride)
     device = run.fabric.device
     model.to(device, memory_format=torch.channels_last).eval()
@@ -62,12 +67,15 @@ def write_cams(run: Run, model: CamModel, names: Sequence[str], config: CamConfi
         labels = torch.from_numpy(run.dataset.labels(name)).to(device)
         height, width = image.shape[-2:]
         base = 1.0 if config.long_side is None else config.long_side / max(height, width)
-        maps = []
+        maps, flipped = [], []
         for scale in config.scales:
             size = scaled_size(height, width, base * scale)
             plain, mirrored = model(view(image, size, model.trunk.mean, model.trunk.std)).cam
-            maps.append(merge_flip(plain, mirrored)[None])
-        merged = multi_scale_cam(maps, labels[None], (height, width), stride=4, round_to=16)
+            maps += [plain[None], mirrored[None]] if signed else [merge_flip(plain, mirrored)[None]]
+            flipped += [False, True] if signed else [False]
+        merged = multi_scale_cam(
+            maps, labels[None], (height, width), mirrored=flipped, stride=4, round_to=16, relu=signed
+        )
         save_arrays(
             run.path(folder, f"{name}.npz"),
             keys=merged.keys.cpu().numpy(),
