@@ -1,5 +1,12 @@
 """Losses for weakly supervised semantic segmentation, one file per paper."""
 
+from wsss_losses.aeft import (
+    ErasingAttractionLoss,
+    ErasingRepulsionLoss,
+    ErasingRepulsionTerms,
+    erasing_attraction_loss,
+    erasing_repulsion_loss,
+)
 from wsss_losses.irn import (
     BoundaryAffinityLoss,
     DisplacementLoss,
@@ -45,6 +52,9 @@ __all__ = [
     "ClassSpecificErasingTerms",
     "DisplacementLoss",
     "DisplacementTerms",
+    "ErasingAttractionLoss",
+    "ErasingRepulsionLoss",
+    "ErasingRepulsionTerms",
     "ForegroundRatioKLLoss",
     "InterPixelRelationLoss",
     "InterPixelRelationTerms",
@@ -58,6 +68,8 @@ __all__ = [
     "boundary_affinity_loss",
     "class_specific_erasing_loss",
     "displacement_loss",
+    "erasing_attraction_loss",
+    "erasing_repulsion_loss",
     "foreground_ratio_kl_loss",
     "inter_pixel_relation_loss",
     "recam_loss",

@@ -1,4 +1,4 @@
-"""Sums over all processes of a distributed run, with gradients."""
+"""Sums and collections over all processes of a distributed run, with gradients."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ def sum_over_processes(x: Tensor, sync: bool) -> Tensor:
     return _AllReduceSum.apply(x)
 
 
+def gather_over_processes(x: Tensor, sync: bool) -> Tensor:
+    """``x`` (B, ...) of all processes, joined in the order of their ranks, if ``sync`` is set and there are several.
+
+    Every process must bring the same shape, and gets the same (N, ...). In backward each receives the sum of what all
+    processes' losses ask of its own part; see :func:`sum_over_processes`.
+    """
+    if not sync or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    return _AllGather.apply(x)
+
+
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -31,3 +42,17 @@ class _AllReduceSum(torch.autograd.Function):
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.detach().contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]

@@ -57,11 +57,15 @@ from wsss_modules.dense_crf import (
 )
 from wsss_modules.erasing import (
     ClassSpecificErase,
+    DisjointNegatives,
     ErasedClass,
     ErasedImages,
     FrozenClassifier,
+    SoftErase,
     class_specific_erase,
+    sample_disjoint_negatives,
     sample_erase_class,
+    soft_erase_mask,
 )
 from wsss_modules.instances import (
     Instances,
@@ -71,7 +75,10 @@ from wsss_modules.instances import (
     find_centroids,
 )
 from wsss_modules.pooling import (
+    GatedPyramidOutput,
+    GatedPyramidPooling,
     PresentFeatures,
+    SignPreservingGate,
     class_masked_pooling,
     pool_present_classes,
 )
@@ -125,12 +132,15 @@ __all__ = [
     "ClassSpecificErase",
     "Clusters",
     "DenseCRF",
+    "DisjointNegatives",
     "DisplacementHead",
     "EdgeDisplacement",
     "EdgeToAffinity",
     "ErasedClass",
     "ErasedImages",
     "FrozenClassifier",
+    "GatedPyramidOutput",
+    "GatedPyramidPooling",
     "IRNHead",
     "IRNOutput",
     "Instances",
@@ -146,6 +156,8 @@ __all__ = [
     "ReCAMOutput",
     "ResNet38",
     "ResNet38Features",
+    "SignPreservingGate",
+    "SoftErase",
     "SpatialBCEHead",
     "SpatialBCEOutput",
     "Transition",
@@ -183,8 +195,10 @@ __all__ = [
     "random_walk",
     "rank_threshold",
     "reactivated_cam",
+    "sample_disjoint_negatives",
     "sample_erase_class",
     "select_present",
+    "soft_erase_mask",
     "threshold_without_temperature",
     "unary_from_mask",
     "unary_from_scores",

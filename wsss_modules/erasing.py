@@ -14,14 +14,19 @@ from torch.utils.checkpoint import checkpoint
 
 from wsss_modules._checks import check_floating, check_integer, check_ndim, check_shape
 from wsss_modules._distributed import max_over_processes
+from wsss_modules.cam import minmax_cam
 
 __all__ = [
     "ClassSpecificErase",
+    "DisjointNegatives",
     "ErasedClass",
     "ErasedImages",
     "FrozenClassifier",
+    "SoftErase",
     "class_specific_erase",
+    "sample_disjoint_negatives",
     "sample_erase_class",
+    "soft_erase_mask",
 ]
 
 
@@ -278,6 +283,175 @@ class FrozenClassifier(nn.Module):
     def extra_repr(self) -> str:
         """Show the options."""
         return f"parts={self.parts}"
+
+
+def soft_erase_mask(
+    cam: Tensor,
+    labels: Tensor,
+    size: tuple[int, int],
+    *,
+    threshold: float = 0.6,
+    eps: float = 1e-5,
+    detach_mask: bool = False,
+) -> Tensor:
+    r"""Keep of an image what its class maps show a little, erase what they show clearly, and fade what they don't show.
+
+    .. math::
+        m = \max_{k\ present} \hat a_k, \qquad mask = m \ \text{if}\ m < threshold,\ \text{else}\ 0
+
+    with :math:`\hat a_k` the ReLU of the map, upsampled and stretched to its full range by `minmax_cam`. The mask is
+    0 where the activation is strong, nearly 0 on background, and the activation itself in between. Multiply the
+    normalised images by it.
+
+    Args:
+        cam: (B, K, h, w), signed.
+        labels: (B, K) multi-hot; present means greater than 0.
+        size: (H, W) of the images in pixels.
+        threshold: Activation from which on a pixel is erased.
+        eps: See `minmax_cam`.
+        detach_mask: Take the mask for a constant, see Differences.
+
+    Returns:
+        (B, 1, H, W) in [0, threshold), in the dtype of ``cam``; 0 for an image without a label. Gradients flow to
+        ``cam`` through the values that are kept, and through the minimum and the maximum of their map.
+
+    Raises:
+        TypeError: ``cam`` is not floating point.
+        ValueError: a wrong shape.
+
+    Paper:
+        Yoon, Kweon, Cho, Kim and Yoon, Adversarial Erasing Framework via Triplet with Gated Pyramid Pooling Layer for
+        Weakly Supervised Semantic Segmentation, ECCV 2022.
+
+    Differences:
+        The released code lets the gradient of the masked pass go into the mask, which is the default here;
+        ``detach_mask=True`` stops it.
+
+    Notes:
+        Upsamples all K maps, so that shapes don't depend on the labels: B K H W values, kept for backward a few times.
+        Upsampling is bilinear with half-pixel centres. Half precision is normalised in float32. Compiles with
+        ``fullgraph=True``.
+
+    Example:
+        >>> cam = torch.tensor([[[[-1.0, 1.0, 2.0, 4.0]], [[9.0, 9.0, 9.0, 0.0]]]])
+        >>> soft_erase_mask(cam, torch.tensor([[1, 0]]), (1, 4))
+        tensor([[[[0.0000, 0.2500, 0.5000, 0.0000]]]])
+    """
+    check_floating("cam", cam)
+    check_ndim("cam", cam, 4, "(B, K, h, w)")
+    check_shape("labels", labels, cam.shape[:2], "to match cam")
+    if cam.shape[1] == 0:
+        return cam.new_zeros(cam.shape[0], 1, *size)
+    if detach_mask:
+        cam = cam.detach()
+    maps = F.relu(cam.to(torch.promote_types(cam.dtype, torch.float32)))
+    shown = minmax_cam(F.interpolate(maps, size, mode="bilinear", align_corners=False), eps)
+    shown = torch.where((labels > 0)[:, :, None, None], shown, 0.0).amax(1, keepdim=True)  # (B, 1, H, W)
+    return torch.where(shown < threshold, shown, 0.0).to(cam.dtype)
+
+
+class SoftErase(nn.Module):
+    """The mask that erases what class maps show clearly, and fades what they don't show; see :func:`soft_erase_mask`.
+
+    Args:
+        threshold: Activation from which on a pixel is erased.
+        eps: See `minmax_cam`.
+        detach_mask: Take the mask for a constant.
+
+    Shapes:
+        cam (B, K, h, w), labels (B, K), size (H, W) -> mask (B, 1, H, W).
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> images, labels = torch.randn(2, 3, 32, 32), torch.tensor([[1, 0, 1], [0, 1, 0]])
+        >>> mask = SoftErase()(torch.randn(2, 3, 4, 4), labels, images.shape[2:])
+        >>> (images * mask).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    def __init__(self, threshold: float = 0.6, *, eps: float = 1e-5, detach_mask: bool = False) -> None:
+        super().__init__()
+        self.threshold, self.eps, self.detach_mask = threshold, eps, detach_mask
+
+    def forward(self, cam: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
+        """The mask, see the class."""
+        options = {"threshold": self.threshold, "eps": self.eps}
+        return soft_erase_mask(cam, labels, size, **options, detach_mask=self.detach_mask)
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"threshold={self.threshold}, eps={self.eps}, detach_mask={self.detach_mask}"
+
+
+class DisjointNegatives(NamedTuple):
+    """A partner for each image of a batch that shares no class with it.
+
+    Attributes:
+        negative: (B,) int64 place of the partner in the batch; the image itself where there is none.
+        valid: (B,) bool whether there is one.
+    """
+
+    negative: Tensor
+    valid: Tensor
+
+
+def sample_disjoint_negatives(
+    labels: Tensor, *, generator: torch.Generator | None = None, draws: Tensor | None = None
+) -> DisjointNegatives:
+    """Draw for each image one of those in the batch that share no class with it, all with the same probability.
+
+    Args:
+        labels: (B, K) multi-hot; present means greater than 0.
+        generator: Source of the draws. It may live on another device than ``labels``; nothing waits for either.
+        draws: (B, B) floating point, at least 0, to take instead of drawing: of the images that share no class with
+            image i, the one with the largest ``draws[i, j]`` is taken, the first of equals.
+
+    Returns:
+        `DisjointNegatives`. An image is not valid if all others share a class with it. Neither is one without a label,
+        which is not drawn as a partner either.
+
+    Raises:
+        TypeError: ``draws`` is not floating point.
+        ValueError: a wrong shape, or both ``generator`` and ``draws``.
+
+    Paper:
+        Yoon, Kweon, Cho, Kim and Yoon, Adversarial Erasing Framework via Triplet with Gated Pyramid Pooling Layer for
+        Weakly Supervised Semantic Segmentation, ECCV 2022.
+
+    Differences:
+        The released code searches a list that Python reshuffles as the search goes on; its first image takes the first
+        partner in the order of the batch. Where an image has no partner, its list of partners comes out too short and
+        later images are paired with those of others, which may share a class; here the image is not valid.
+
+    Notes:
+        One matrix product and a maximum, O(B^2 K), without a loop over the images and without a wait for the device.
+        Compiles with ``fullgraph=True`` without ``generator``. In a distributed run, gather the labels first, and keep
+        the rows of the own images: `wsss_losses.erasing_repulsion_loss` with ``sync=True`` counts images over all
+        processes.
+
+    Example:
+        >>> labels = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1], [1, 1, 1]])
+        >>> sample_disjoint_negatives(labels, draws=torch.tensor([0.1, 0.9, 0.5, 0.7]).expand(4, 4))
+        DisjointNegatives(negative=tensor([2, 2, 1, 3]), valid=tensor([ True,  True,  True, False]))
+    """
+    check_ndim("labels", labels, 2, "(B, K)")
+    batch = labels.shape[0]
+    if draws is None:
+        device = labels.device if generator is None else generator.device
+        draws = torch.rand(batch, batch, generator=generator, device=device).to(labels.device, non_blocking=True)
+    elif generator is not None:
+        raise ValueError("draws: expected None when a generator is given, got both")
+    check_shape("draws", draws, (batch, batch), "to match labels")
+    check_floating("draws", draws)
+    if batch == 0:
+        return DisjointNegatives(labels.new_zeros(0, dtype=torch.int64), labels.new_zeros(0, dtype=torch.bool))
+    present = labels if labels.dtype == torch.bool else labels > 0
+    tagged = present.any(1)
+    shared = present.float() @ present.float().T  # (B, B) number of classes in common
+    disjoint = (shared == 0) & tagged[:, None] & tagged
+    valid = disjoint.any(1)
+    itself = torch.arange(batch, device=labels.device)
+    return DisjointNegatives(torch.where(valid, torch.where(disjoint, draws, -1.0).argmax(1), itself), valid)
 
 
 def _nth_present(present: Tensor, draws: Tensor) -> Tensor:

@@ -147,6 +147,19 @@ def _recam(situation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return random(batch, classes, seed=6), random(batch, classes, 3, seed=7), labels, random(classes, 3, seed=8)
 
 
+def _class_maps(situation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps of images, maps of their erased copies, and labels of which no two images share one."""
+    labels = {"no_label": [[0, 0, 0], [0, 1, 0]], "all_ignored": [[0] * 3] * 2, "batch_1": [[1, 0, 1]]}
+    chosen = torch.tensor(labels.get(situation, [[1, 0, 1], [0, 1, 0]]))
+    shape = (*chosen.shape, *((1, 1) if situation == "smallest" else (3, 4)))
+    return random(*shape, seed=4), random(*shape, seed=5), chosen
+
+
+def _class_maps_and_negatives(situation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gpp, cam, labels = _class_maps(situation)
+    return gpp, cam, labels, torch.tensor([-1] if situation == "batch_1" else [1, 0])
+
+
 PAIR_OPTIONS = {"radius": 3}
 FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
 
@@ -224,5 +237,22 @@ CASES = (
         predictions=2,
         zero_in=(),  # the absence of all classes is learnt too
         varies=({"sce_weight": 0.1, "reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.erasing_attraction_loss,
+        losses.ErasingAttractionLoss,
+        _class_maps,
+        predictions=2,
+        varies=tuple({"reduction": reduction} for reduction in ("present", "sum", "none")),
+        sync=True,
+    ),
+    LossCase(
+        losses.erasing_repulsion_loss,
+        losses.ErasingRepulsionLoss,
+        _class_maps_and_negatives,
+        options={"min_hard": 1},  # two images only
+        zero_in=("no_label", "all_ignored", "batch_1", "smallest"),
+        varies=({"min_hard": 2, "margin": 0.3, "threshold": 0.6, "negative_threshold": 0.9},),
+        sync=True,
     ),
 )

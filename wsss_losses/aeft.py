@@ -1,0 +1,327 @@
+"""Attraction and repulsion of AEFT: erasing taught by a triplet of an image, its erased copy and another image.
+
+Axis letters: B images, K foreground classes, H W cells, N images over all processes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wsss_losses._distributed import gather_over_processes, sum_over_processes
+from wsss_modules import minmax_cam
+from wsss_modules._checks import check_floating, check_integer, check_ndim, check_shape
+
+Reduction = Literal["mean", "present", "sum", "none"]
+
+
+def erasing_attraction_loss(
+    gpp: Tensor, gpp_masked: Tensor, labels: Tensor, *, reduction: Reduction = "mean", sync: bool = False
+) -> Tensor:
+    r"""Pull an image and its erased copy together: after erasing, each present class must respond as much as before.
+
+    .. math::
+        A_{ik} = l_{ik} \underset{hw}{mean}\ r(gpp_{ik}), \qquad loss = \frac{1}{B K} \sum_{ik} |A_{ik} - P_{ik}|
+
+    with r = ReLU and P the same of ``gpp_masked``. What is compared are the responses themselves, not labels: the copy
+    need not be classified as if nothing were missing.
+
+    Args:
+        gpp: (B, K, H, W) class maps of the images, signed, such as `wsss_modules.GatedPyramidPooling` gives.
+        gpp_masked: (B, K, h, w) those of the erased images, see `wsss_modules.soft_erase_mask`; any size.
+        labels: (B, K) multi-hot; present means greater than 0.
+        reduction: "mean" over all B K entries, of which absent classes are zeros; "present": over the present ones
+            only; "sum"; "none": (B, K).
+        sync: sum costs and counts over the processes of a distributed run.
+
+    Returns:
+        A scalar, or (B, K) for "none", in the dtype of ``gpp``. 0 where no class is present.
+
+    Raises:
+        TypeError: a map is not floating point.
+        ValueError: a wrong shape, or an unknown ``reduction``.
+
+    Paper:
+        Yoon, Kweon, Cho, Kim and Yoon, "Adversarial Erasing Framework via Triplet with Gated Pyramid Pooling Layer for
+        Weakly Supervised Semantic Segmentation", ECCV 2022.
+
+    Differences:
+        The released "mean" shrinks as the data set has more classes, since few of them are present in an image;
+        "present" does not.
+
+    Notes:
+        Neither side is a constant: gradients flow to both. AEFT weighs this by 0.2. Computed in float32 for half
+        precision. Works in ``torch.compile(fullgraph=True)`` without ``sync``.
+
+    Example:
+        >>> import torch
+        >>> from wsss_losses import erasing_attraction_loss
+        >>> gpp, labels = torch.tensor([[[[1.0, 3.0]], [[5.0, 5.0]]]]), torch.tensor([[1, 0]])
+        >>> erasing_attraction_loss(gpp, gpp / 2, labels), erasing_attraction_loss(
+        ...     gpp, gpp / 2, labels, reduction="present"
+        ... )
+        (tensor(0.5000), tensor(1.))
+    """
+    _check_reduction(reduction)
+    for name, maps in (("gpp", gpp), ("gpp_masked", gpp_masked)):
+        check_floating(name, maps)
+        check_ndim(name, maps, 4, "(B, K, H, W)")
+    check_shape("gpp_masked", gpp_masked, (*gpp.shape[:2], None, None), "to match gpp")
+    check_shape("labels", labels, gpp.shape[:2], "to match gpp")
+    present = labels > 0
+    dtype = torch.promote_types(gpp.dtype, torch.float32)
+    anchor, positive = (F.relu(maps.to(dtype)).mean((2, 3)) for maps in (gpp, gpp_masked))  # (B, K) each
+    cost = torch.where(present, anchor - positive, 0.0).abs()
+    if reduction == "none":
+        return cost.to(gpp.dtype)
+    if reduction == "sum":
+        return sum_over_processes(cost.sum(), sync).to(gpp.dtype)
+    counted = present if reduction == "present" else torch.ones_like(present)
+    total, count = sum_over_processes(torch.stack([cost.sum(), counted.sum().to(dtype)]), sync).unbind()
+    return (total / count.clamp(min=1)).to(gpp.dtype)
+
+
+class ErasingAttractionLoss(nn.Module):
+    """Pull an image and its erased copy together; see :func:`erasing_attraction_loss`.
+
+    Args:
+        reduction: "mean", "present", "sum" or "none".
+        sync: sum costs and counts over the processes of a distributed run.
+
+    Example:
+        >>> import torch
+        >>> from wsss_losses import ErasingAttractionLoss
+        >>> from wsss_modules import GatedPyramidPooling, SoftErase
+        >>> _ = torch.manual_seed(0)
+        >>> images, labels = torch.randn(2, 3, 64, 64), torch.tensor([[1, 0, 1], [0, 1, 0]])
+        >>> net, pooling = torch.nn.Conv2d(3, 3, 3, stride=4, padding=1), GatedPyramidPooling(3)
+        >>> cam = net(images)
+        >>> erased = images * SoftErase()(cam, labels, images.shape[2:])
+        >>> loss = ErasingAttractionLoss()(pooling(cam).gpp, pooling(net(erased)).gpp, labels)
+        >>> loss.backward()
+    """
+
+    def __init__(self, *, reduction: Reduction = "mean", sync: bool = False) -> None:
+        super().__init__()
+        _check_reduction(reduction)
+        self.reduction: Reduction = reduction
+        self.sync = sync
+
+    def forward(self, gpp: Tensor, gpp_masked: Tensor, labels: Tensor) -> Tensor:
+        """(B, K, H, W) maps of images and erased images, (B, K) labels -> the loss."""
+        return erasing_attraction_loss(gpp, gpp_masked, labels, reduction=self.reduction, sync=self.sync)
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"reduction={self.reduction!r}, sync={self.sync}"
+
+
+class ErasingRepulsionTerms(NamedTuple):
+    """What :func:`erasing_repulsion_loss` returns.
+
+    Attributes:
+        total: scalar, the loss.
+        distance: (B,) squared distance of each image and its negative; means nothing where there is none. With
+            ``sync``, those of all processes, (N,).
+        hard: scalar, the number of hard anchors, without gradient.
+    """
+
+    total: Tensor
+    distance: Tensor
+    hard: Tensor
+
+
+def erasing_repulsion_loss(
+    gpp: Tensor,
+    cam: Tensor,
+    labels: Tensor,
+    negative_index: Tensor,
+    valid: Tensor | None = None,
+    *,
+    margin: float = 0.5,
+    threshold: float = 0.2,
+    negative_threshold: float = 1.0,
+    min_hard: int = 5,
+    eps: float = 1e-5,
+    sync: bool = False,
+) -> ErasingRepulsionTerms:
+    r"""Push an image, less its strongly activated areas, away from one that shares no class with it.
+
+    With :math:`f = gpp / (\max_{hw} |gpp| + \epsilon)` and n the maps ``cam`` stretched by `wsss_modules.minmax_cam`
+
+    .. math::
+        a_{ik} = l_{ik} \underset{n_{ik} < threshold}{mean} f_{ik}, \qquad
+        b_{ik} = l_{ik} \underset{n_{ik} < negative\_threshold}{mean} f_{ik}, \qquad
+        d_i = \sum_k (a_{ik} - b_{j(i)k})^2
+
+    where j(i) is the negative of image i, with its own labels. Anchors with ``d < margin`` are hard; the loss is the
+    mean of ``margin - d`` over them if there are at least ``min_hard``, else 0.
+
+    An image and its negative share no class, so that ``d`` is the sum of both squared lengths and not an angle: the
+    loss raises the normalised responses of both, and for the anchor only those beside the most discriminative part.
+
+    Args:
+        gpp: (B, K, H, W) class maps, signed, such as `wsss_modules.GatedPyramidPooling` gives.
+        cam: (B, K, H, W) class maps, signed, that say which cells are left out. They get no gradient.
+        labels: (B, K) multi-hot; present means greater than 0.
+        negative_index: (B,) int64 place of each image's negative in the batch, see
+            `wsss_modules.sample_disjoint_negatives`. Outside of 0..B-1, e.g. -1: there is none.
+        valid: (B,) bool, False for anchors to leave out; default: all that have a negative.
+        margin: squared distance from which on an anchor is not hard.
+        threshold: activation in [0, 1] from which on a cell of the anchor is left out.
+        negative_threshold: the same for the negative; the released 1.0 leaves out the peak at most.
+        min_hard: fewest hard anchors for which there is a loss.
+        eps: added to maxima and counts, and used by `wsss_modules.minmax_cam`.
+        sync: compare with the images of all processes of a distributed run; ``negative_index`` then counts these in the
+            order of the ranks.
+
+    Returns:
+        Total, distances and number of hard anchors, in the dtype of ``gpp``; the total is in [0, margin]. An anchor
+        without a label, or whose negative has none, is left out.
+
+    Raises:
+        TypeError: a map is not floating point, or ``negative_index`` does not hold integers.
+        ValueError: a wrong shape.
+
+    Paper:
+        Yoon, Kweon, Cho, Kim and Yoon, "Adversarial Erasing Framework via Triplet with Gated Pyramid Pooling Layer for
+        Weakly Supervised Semantic Segmentation", ECCV 2022.
+
+    Differences:
+        The released code counts cells in double precision. It has no ``valid``: where an image of the batch has no
+        partner, it pairs images wrongly, see `wsss_modules.sample_disjoint_negatives`.
+
+    Notes:
+        The total jumps as the number of hard anchors passes ``min_hard``, and depends on the batch, not on its images
+        alone. The masks are comparisons, without gradient; ``gpp`` gets it through its maximum as well. AEFT weighs
+        this by 0.15. Under DDP each process pairs, counts and averages its own images; ``sync=True`` gathers the
+        pooled vectors (B, K), and gives value and (after DDP's averaging) gradient of one process with the whole batch.
+        Computed in float32 for half precision. Works in ``torch.compile(fullgraph=True)`` without ``sync``.
+
+    Example:
+        >>> import torch
+        >>> from wsss_losses import erasing_repulsion_loss
+        >>> from wsss_modules import sample_disjoint_negatives
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> gpp = torch.randn(6, 3, 8, 8, generator=generator)
+        >>> labels = torch.eye(3).repeat(2, 1)
+        >>> index, valid = sample_disjoint_negatives(labels, generator=generator)
+        >>> terms = erasing_repulsion_loss(gpp, gpp, labels, index, valid)
+        >>> terms.hard
+        tensor(6.)
+    """
+    _check_triplets(gpp, cam, labels, negative_index, valid)
+    present = labels > 0
+    dtype = torch.promote_types(gpp.dtype, torch.float32)
+    shape = gpp.to(dtype)
+    shape = shape / (shape.abs().amax((2, 3), keepdim=True) + eps)
+    activation = minmax_cam(cam.detach().to(torch.promote_types(cam.dtype, torch.float32)), eps)
+    anchor = _mean_below(shape, activation, threshold, present, eps)  # (B, K)
+    negative = _mean_below(shape, activation, negative_threshold, present, eps)
+
+    tagged = present.any(1)
+    chosen = negative_index.to(torch.int64)
+    chosen = torch.where(tagged if valid is None else tagged & valid, chosen, -1)
+    vectors = gather_over_processes(torch.stack([anchor, negative], 1), sync)  # (N, 2, K)
+    chosen, tagged = gather_over_processes(torch.stack([chosen, tagged.to(torch.int64)], 1), sync).unbind(1)
+    anchor, negative = vectors.unbind(1)
+
+    paired = (chosen >= 0) & (chosen < len(negative))
+    partner = torch.where(paired, chosen, 0)
+    paired = paired & (tagged[partner] > 0)
+    distance = (anchor - negative[partner]).square().sum(1)  # (N,)
+    hard = paired & (distance < margin)
+    count = hard.sum()
+    mean = torch.where(hard, margin - distance, 0.0).sum() / count.clamp(min=1)
+    total = torch.where(count >= min_hard, mean, 0.0)
+    return ErasingRepulsionTerms(total.to(gpp.dtype), distance.to(gpp.dtype), count.to(gpp.dtype))
+
+
+class ErasingRepulsionLoss(nn.Module):
+    """Push an image, less its activated areas, away from one that shares no class; see :func:`erasing_repulsion_loss`.
+
+    Args:
+        margin: squared distance from which on an anchor is not hard.
+        threshold: activation in [0, 1] from which on a cell of the anchor is left out.
+        negative_threshold: the same for the negative.
+        min_hard: fewest hard anchors for which there is a loss.
+        eps: added to maxima and counts.
+        sync: compare with the images of all processes of a distributed run.
+
+    Example:
+        >>> import torch
+        >>> from wsss_losses import ErasingRepulsionLoss
+        >>> from wsss_modules import GatedPyramidPooling, sample_disjoint_negatives
+        >>> _ = torch.manual_seed(0)
+        >>> cam, labels = torch.randn(8, 4, 14, 14), torch.eye(4).repeat(2, 1)
+        >>> gpp = GatedPyramidPooling(4)(cam).gpp
+        >>> terms = ErasingRepulsionLoss()(gpp, cam, labels, *sample_disjoint_negatives(labels))
+        >>> terms.total.backward()
+    """
+
+    def __init__(
+        self,
+        *,
+        margin: float = 0.5,
+        threshold: float = 0.2,
+        negative_threshold: float = 1.0,
+        min_hard: int = 5,
+        eps: float = 1e-5,
+        sync: bool = False,
+    ) -> None:
+        super().__init__()
+        self.margin, self.threshold, self.negative_threshold = margin, threshold, negative_threshold
+        self.min_hard, self.eps, self.sync = min_hard, eps, sync
+
+    def forward(
+        self, gpp: Tensor, cam: Tensor, labels: Tensor, negative_index: Tensor, valid: Tensor | None = None
+    ) -> ErasingRepulsionTerms:
+        """(B, K, H, W) maps twice, (B, K) labels, (B,) negatives and whether they count -> total, distances, count."""
+        return erasing_repulsion_loss(
+            gpp,
+            cam,
+            labels,
+            negative_index,
+            valid,
+            margin=self.margin,
+            threshold=self.threshold,
+            negative_threshold=self.negative_threshold,
+            min_hard=self.min_hard,
+            eps=self.eps,
+            sync=self.sync,
+        )
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        thresholds = f"threshold={self.threshold}, negative_threshold={self.negative_threshold}"
+        return f"margin={self.margin}, {thresholds}, min_hard={self.min_hard}, eps={self.eps}, sync={self.sync}"
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(f'reduction: expected "mean", "present", "sum" or "none", got {reduction!r}')
+
+
+def _check_triplets(gpp: Tensor, cam: Tensor, labels: Tensor, negative_index: Tensor, valid: Tensor | None) -> None:
+    check_floating("gpp", gpp)
+    check_ndim("gpp", gpp, 4, "(B, K, H, W)")
+    check_floating("cam", cam)
+    check_shape("cam", cam, gpp.shape, "to match gpp")
+    check_shape("labels", labels, gpp.shape[:2], "to match gpp")
+    check_shape("negative_index", negative_index, gpp.shape[:1], "to match gpp")
+    check_integer("negative_index", negative_index, "sample_disjoint_negatives gives negatives and valid")
+    if valid is None:
+        return
+    check_shape("valid", valid, gpp.shape[:1], "to match gpp")
+    if valid.dtype != torch.bool:
+        raise TypeError(f"valid: expected a bool tensor, got {valid.dtype}")
+
+
+def _mean_below(values: Tensor, activation: Tensor, threshold: float, present: Tensor, eps: float) -> Tensor:
+    """Mean of ``values`` over the cells whose activation is below the threshold: (B, K), 0 for absent classes."""
+    kept = (activation < threshold) & present[:, :, None, None]
+    count = kept.sum((2, 3)).to(values.dtype)
+    return torch.where(kept, values, 0.0).sum((2, 3)) / (count + eps)
