@@ -74,6 +74,17 @@ from wsss_modules.instances import (
     detect_instances,
     find_centroids,
 )
+from wsss_modules.memory import (
+    OnlineAttentionAccumulator,
+    RegionMemoryBank,
+    RegionMixUp,
+    RegionPool,
+    SemanticAggregation,
+    draw_region_mix_up,
+    kmeans_prototypes,
+    region_mask,
+    region_pool,
+)
 from wsss_modules.pooling import (
     GatedPyramidOutput,
     GatedPyramidPooling,
@@ -98,6 +109,9 @@ from wsss_modules.reactivation import (
     ReCAMHead,
     ReCAMOutput,
     reactivated_cam,
+)
+from wsss_modules.saliency import (
+    fuse_saliency_labels,
 )
 from wsss_modules.seeds import (
     confident_label,
@@ -146,6 +160,7 @@ __all__ = [
     "Instances",
     "LocalAffinity",
     "MeanShift",
+    "OnlineAttentionAccumulator",
     "PairIndex",
     "PathOffsets",
     "PermutohedralLattice",
@@ -154,8 +169,12 @@ __all__ = [
     "RandomWalk",
     "ReCAMHead",
     "ReCAMOutput",
+    "RegionMemoryBank",
+    "RegionMixUp",
+    "RegionPool",
     "ResNet38",
     "ResNet38Features",
+    "SemanticAggregation",
     "SignPreservingGate",
     "SoftErase",
     "SpatialBCEHead",
@@ -175,11 +194,14 @@ __all__ = [
     "crf_kernels",
     "dense_crf",
     "detect_instances",
+    "draw_region_mix_up",
     "edge_displacement_inference",
     "edge_to_affinity",
     "feature_affinity",
     "find_centroids",
+    "fuse_saliency_labels",
     "kmeans",
+    "kmeans_prototypes",
     "mean_field",
     "mean_threshold",
     "merge_flip",
@@ -195,6 +217,8 @@ __all__ = [
     "random_walk",
     "rank_threshold",
     "reactivated_cam",
+    "region_mask",
+    "region_pool",
     "sample_disjoint_negatives",
     "sample_erase_class",
     "select_present",

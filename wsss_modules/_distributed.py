@@ -1,4 +1,4 @@
-"""Statistics over all processes of a distributed run, with gradients."""
+"""What all processes of a distributed run hold together."""
 
 from __future__ import annotations
 
@@ -17,6 +17,19 @@ def max_over_processes(x: Tensor, sync: bool) -> Tensor:
     if not sync or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return x
     return _AllReduceMax.apply(x)
+
+
+def gather_batch(x: Tensor, sync: bool) -> Tensor:
+    """``x`` (B, ...) of all processes one after the other, without gradient, under the condition of the function above.
+
+    All processes must bring the same shape.
+    """
+    if not sync or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    mine = x.detach().contiguous()
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts)
 
 
 class _AllReduceMax(torch.autograd.Function):
