@@ -27,6 +27,10 @@ from wsss_losses.psa import (
     AffinityTerms,
     affinity_loss,
 )
+from wsss_losses.rca import (
+    RegionalContrastLoss,
+    regional_contrast_loss,
+)
 from wsss_losses.spatial_bce import (
     ForegroundRatioKLLoss,
     SpatialBCELoss,
@@ -60,6 +64,7 @@ __all__ = [
     "InterPixelRelationTerms",
     "ReCAMLoss",
     "ReCAMTerms",
+    "RegionalContrastLoss",
     "SoftmaxReactivationLoss",
     "SoftmaxReactivationTerms",
     "SpatialBCELoss",
@@ -73,6 +78,7 @@ __all__ = [
     "foreground_ratio_kl_loss",
     "inter_pixel_relation_loss",
     "recam_loss",
+    "regional_contrast_loss",
     "sce_reactivation_loss",
     "spatial_bce_loss",
     "spatial_bce_threshold_loss",
