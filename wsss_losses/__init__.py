@@ -7,6 +7,15 @@ from wsss_losses.aeft import (
     erasing_attraction_loss,
     erasing_repulsion_loss,
 )
+from wsss_losses.c2am import (
+    C2AMLoss,
+    C2AMTerms,
+    SimMaxLoss,
+    SimMinLoss,
+    c2am_loss,
+    sim_max_loss,
+    sim_min_loss,
+)
 from wsss_losses.irn import (
     BoundaryAffinityLoss,
     DisplacementLoss,
@@ -31,14 +40,6 @@ from wsss_losses.rca import (
     RegionalContrastLoss,
     regional_contrast_loss,
 )
-from wsss_losses.spatial_bce import (
-    ForegroundRatioKLLoss,
-    SpatialBCELoss,
-    SpatialBCEThresholdLoss,
-    foreground_ratio_kl_loss,
-    spatial_bce_loss,
-    spatial_bce_threshold_loss,
-)
 from wsss_losses.recam import (
     ReCAMLoss,
     ReCAMTerms,
@@ -47,11 +48,21 @@ from wsss_losses.recam import (
     recam_loss,
     sce_reactivation_loss,
 )
+from wsss_losses.spatial_bce import (
+    ForegroundRatioKLLoss,
+    SpatialBCELoss,
+    SpatialBCEThresholdLoss,
+    foreground_ratio_kl_loss,
+    spatial_bce_loss,
+    spatial_bce_threshold_loss,
+)
 
 __all__ = [
     "AffinityLoss",
     "AffinityTerms",
     "BoundaryAffinityLoss",
+    "C2AMLoss",
+    "C2AMTerms",
     "ClassSpecificErasingLoss",
     "ClassSpecificErasingTerms",
     "DisplacementLoss",
@@ -65,12 +76,15 @@ __all__ = [
     "ReCAMLoss",
     "ReCAMTerms",
     "RegionalContrastLoss",
+    "SimMaxLoss",
+    "SimMinLoss",
     "SoftmaxReactivationLoss",
     "SoftmaxReactivationTerms",
     "SpatialBCELoss",
     "SpatialBCEThresholdLoss",
     "affinity_loss",
     "boundary_affinity_loss",
+    "c2am_loss",
     "class_specific_erasing_loss",
     "displacement_loss",
     "erasing_attraction_loss",
@@ -80,6 +94,8 @@ __all__ = [
     "recam_loss",
     "regional_contrast_loss",
     "sce_reactivation_loss",
+    "sim_max_loss",
+    "sim_min_loss",
     "spatial_bce_loss",
     "spatial_bce_threshold_loss",
 ]

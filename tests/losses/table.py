@@ -106,32 +106,6 @@ def _erasing(situation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return random(*labels.shape, seed=4), random(*labels.shape, seed=5), labels, remaining
 
 
-def _image_labels(situation: str) -> Tensor:
-    """(B, 3) tags of one or two classes, or of none."""
-    labels = torch.tensor([[1, 0, 1], [0, 1, 0]], dtype=torch.float64)
-    labels = labels[:1] if situation in ("batch_1", "smallest") else labels
-    return torch.zeros_like(labels) if situation in ("no_label", "all_ignored") else labels
-
-
-def _pixel_logits(situation: str, seed: int) -> Tensor:
-    size = (1, 1) if situation == "smallest" else (5, 6)
-    return random(len(_image_labels(situation)), 3, *size, seed=seed)
-
-
-def _spatial_bce(situation: str) -> tuple[Tensor, Tensor, Tensor]:
-    labels = _image_labels(situation)
-    return _pixel_logits(situation, 1), labels, torch.sigmoid(random(*labels.shape, seed=2))
-
-
-def _spatial_bce_threshold(situation: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _pixel_logits(situation, 1), _image_labels(situation), _pixel_logits(situation, 2)
-
-
-def _foreground_ratio(situation: str) -> tuple[Tensor, Tensor, Tensor]:
-    labels = _image_labels(situation)
-    return _pixel_logits(situation, 1), labels, 0.2 * labels
-
-
 def _recam(situation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Image logits, features of each class, labels, and the second classifier."""
     labels = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)
@@ -158,6 +132,43 @@ def _class_maps(situation: str) -> tuple[Tensor, Tensor, Tensor]:
 def _class_maps_and_negatives(situation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gpp, cam, labels = _class_maps(situation)
     return gpp, cam, labels, torch.tensor([-1] if situation == "batch_1" else [1, 0])
+
+
+def _image_labels(situation: str) -> Tensor:
+    """(B, 3) tags of one or two classes, or of none."""
+    labels = torch.tensor([[1, 0, 1], [0, 1, 0]], dtype=torch.float64)
+    labels = labels[:1] if situation in ("batch_1", "smallest") else labels
+    return torch.zeros_like(labels) if situation in ("no_label", "all_ignored") else labels
+
+
+def _pixel_logits(situation: str, seed: int) -> Tensor:
+    size = (1, 1) if situation == "smallest" else (5, 6)
+    return random(len(_image_labels(situation)), 3, *size, seed=seed)
+
+
+def _spatial_bce(situation: str) -> tuple[Tensor, Tensor, Tensor]:
+    labels = _image_labels(situation)
+    return _pixel_logits(situation, 1), labels, torch.sigmoid(random(*labels.shape, seed=2))
+
+
+def _spatial_bce_threshold(situation: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _pixel_logits(situation, 1), _image_labels(situation), _pixel_logits(situation, 2)
+
+
+def _foreground_ratio(situation: str) -> tuple[Tensor, Tensor, Tensor]:
+    labels = _image_labels(situation)
+    return _pixel_logits(situation, 1), labels, 0.2 * labels
+
+
+def _one_region(situation: str, seed: int = 4) -> tuple[Tensor]:
+    """Features of images as after a ReLU: (B, D). No batch at all where all is ignored, none active without a label."""
+    images = {"all_ignored": 0, "batch_1": 1, "smallest": 1}.get(situation, 2)
+    features = random(images, 1 if situation == "smallest" else 5, seed=seed).abs() + 0.1
+    return (features * (situation != "no_label"),)
+
+
+def _two_regions(situation: str) -> tuple[Tensor, Tensor]:
+    return (*_one_region(situation, seed=5), *_one_region(situation, seed=6))
 
 
 PAIR_OPTIONS = {"radius": 3}
@@ -202,28 +213,6 @@ CASES = (
         varies=({"reduction": "sum"}, {"reduction": "none", "weight": 1.0}),
     ),
     LossCase(
-        losses.spatial_bce_loss,
-        losses.SpatialBCELoss,
-        _spatial_bce,
-        zero_in=(),  # the absence of all classes is learnt too
-        varies=({"min_threshold": 0.5, "eps": 0.2, "reduction": "sum"}, {"reduction": "none"}),
-    ),
-    LossCase(
-        losses.spatial_bce_threshold_loss,
-        losses.SpatialBCEThresholdLoss,
-        _spatial_bce_threshold,
-        zero_in=("all_ignored", "no_label"),
-        sync=True,
-    ),
-    LossCase(
-        losses.foreground_ratio_kl_loss,
-        losses.ForegroundRatioKLLoss,
-        _foreground_ratio,
-        zero_in=("all_ignored", "no_label"),
-        varies=({"reduction": "sum"}, {"reduction": "none"}),
-        sync=True,
-    ),
-    LossCase(
         losses.sce_reactivation_loss,
         losses.SoftmaxReactivationLoss,
         lambda situation: _recam(situation)[1:],
@@ -253,6 +242,55 @@ CASES = (
         options={"min_hard": 1},  # two images only
         zero_in=("no_label", "all_ignored", "batch_1", "smallest"),
         varies=({"min_hard": 2, "margin": 0.3, "threshold": 0.6, "negative_threshold": 0.9},),
+        sync=True,
+    ),
+    LossCase(
+        losses.spatial_bce_loss,
+        losses.SpatialBCELoss,
+        _spatial_bce,
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"min_threshold": 0.5, "eps": 0.2, "reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.spatial_bce_threshold_loss,
+        losses.SpatialBCEThresholdLoss,
+        _spatial_bce_threshold,
+        zero_in=("all_ignored", "no_label"),
+        sync=True,
+    ),
+    LossCase(
+        losses.foreground_ratio_kl_loss,
+        losses.ForegroundRatioKLLoss,
+        _foreground_ratio,
+        zero_in=("all_ignored", "no_label"),
+        varies=({"reduction": "sum"}, {"reduction": "none"}),
+        sync=True,
+    ),
+    LossCase(
+        losses.sim_min_loss,
+        losses.SimMinLoss,
+        _two_regions,
+        predictions=2,
+        varies=({"reduction": "sum"}, {"reduction": "none"}),
+        sync=True,
+    ),
+    LossCase(
+        losses.sim_max_loss,
+        losses.SimMaxLoss,
+        _one_region,
+        varies=(
+            {"reduction": "sum", "alpha": 0.05},
+            {"reduction": "none", "normalize": "pairs"},
+            {"normalize": "weights", "topk": 1, "min_weight": 0},
+        ),
+        sync=True,
+    ),
+    LossCase(
+        losses.c2am_loss,
+        losses.C2AMLoss,
+        _two_regions,
+        predictions=2,
+        varies=({"normalize": "weights", "pull_weight": 0.035},),
         sync=True,
     ),
 )
