@@ -56,6 +56,15 @@ from wsss_losses.spatial_bce import (
     spatial_bce_loss,
     spatial_bce_threshold_loss,
 )
+from wsss_losses.wood import (
+    OoDMetricLoss,
+    OoDNegativeLoss,
+    WOoDLoss,
+    WOoDTerms,
+    ood_metric_loss,
+    ood_negative_loss,
+    wood_loss,
+)
 
 __all__ = [
     "AffinityLoss",
@@ -73,6 +82,8 @@ __all__ = [
     "ForegroundRatioKLLoss",
     "InterPixelRelationLoss",
     "InterPixelRelationTerms",
+    "OoDMetricLoss",
+    "OoDNegativeLoss",
     "ReCAMLoss",
     "ReCAMTerms",
     "RegionalContrastLoss",
@@ -82,6 +93,8 @@ __all__ = [
     "SoftmaxReactivationTerms",
     "SpatialBCELoss",
     "SpatialBCEThresholdLoss",
+    "WOoDLoss",
+    "WOoDTerms",
     "affinity_loss",
     "boundary_affinity_loss",
     "c2am_loss",
@@ -91,6 +104,8 @@ __all__ = [
     "erasing_repulsion_loss",
     "foreground_ratio_kl_loss",
     "inter_pixel_relation_loss",
+    "ood_metric_loss",
+    "ood_negative_loss",
     "recam_loss",
     "regional_contrast_loss",
     "sce_reactivation_loss",
@@ -98,4 +113,5 @@ __all__ = [
     "sim_min_loss",
     "spatial_bce_loss",
     "spatial_bce_threshold_loss",
+    "wood_loss",
 ]

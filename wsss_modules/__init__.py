@@ -41,6 +41,10 @@ from wsss_modules.cam import (
     normalize_cam,
     select_present,
 )
+from wsss_modules.climbing import (
+    gradient_climb,
+    top_logit_gradient,
+)
 from wsss_modules.dense_crf import (
     DEEPLAB_CRF,
     IRN_CRF,
@@ -108,7 +112,13 @@ from wsss_modules.pooling import (
     pool_present_classes,
 )
 from wsss_modules.prototypes import (
+    ClassCentres,
+    ClosestPairs,
     Clusters,
+    FeatureCentreBank,
+    centre_distances,
+    class_feature_centres,
+    closest_pairs,
     kmeans,
 )
 from wsss_modules.random_walk import (
@@ -159,7 +169,9 @@ __all__ = [
     "CRFKernels",
     "CRFParameters",
     "ClassAgnosticMaps",
+    "ClassCentres",
     "ClassSpecificErase",
+    "ClosestPairs",
     "Clusters",
     "DenseCRF",
     "DisentangledFeatures",
@@ -170,6 +182,7 @@ __all__ = [
     "EdgeToAffinity",
     "ErasedClass",
     "ErasedImages",
+    "FeatureCentreBank",
     "FrozenClassifier",
     "GatedPyramidOutput",
     "GatedPyramidPooling",
@@ -206,8 +219,11 @@ __all__ = [
     "affinity_offsets",
     "background_score",
     "cam_to_mask",
+    "centre_distances",
+    "class_feature_centres",
     "class_masked_pooling",
     "class_specific_erase",
+    "closest_pairs",
     "cluster_centroids",
     "confident_label",
     "confident_label_from_cam",
@@ -221,6 +237,7 @@ __all__ = [
     "feature_affinity",
     "find_centroids",
     "fuse_saliency_labels",
+    "gradient_climb",
     "kmeans",
     "kmeans_prototypes",
     "mean_field",
@@ -250,6 +267,7 @@ __all__ = [
     "soft_erase_mask",
     "threshold_cue",
     "threshold_without_temperature",
+    "top_logit_gradient",
     "unary_from_mask",
     "unary_from_scores",
     "upsample_scores",

@@ -32,6 +32,7 @@ class LossCase:
         zero_in: situations in which there is nothing to learn, so that the loss is exactly 0.
         varies: further option sets for gradcheck, e.g. each reduction.
         sync: the loss takes part in a distributed run with ``sync=True``.
+        constants: how many trailing arguments belong to no image, and are the same in all processes.
         data_dependent: why the loss can't be compiled to one graph, if so.
     """
 
@@ -43,6 +44,7 @@ class LossCase:
     zero_in: tuple[str, ...] = ("all_ignored",)
     varies: tuple[Mapping[str, Any], ...] = ()
     sync: bool = False
+    constants: int = 0
     data_dependent: str = ""
 
     @property
@@ -171,6 +173,23 @@ def _two_regions(situation: str) -> tuple[Tensor, Tensor]:
     return (*_one_region(situation, seed=5), *_one_region(situation, seed=6))
 
 
+def _wood(situation: str) -> tuple[Tensor, ...]:
+    """Logits, features, logits of images from outside, labels, class and OoD centres, which of these there are."""
+    batch, classes, clusters, channels = (1, 1, 1, 1) if situation == "smallest" else (2, 3, 10, 4)
+    batch = 1 if situation == "batch_1" else batch
+    labels = torch.tensor([[1.0, 1, 0], [0, 1, 1]], dtype=torch.float64)[:batch, :classes]
+    labels = labels * 0 if situation == "no_label" else labels
+    of_classes, of_clusters = torch.ones(classes, dtype=torch.bool), torch.ones(clusters, dtype=torch.bool)
+    of_classes[2:], of_clusters[4:5] = False, False
+    if situation == "all_ignored":
+        of_classes, of_clusters = ~of_classes & of_classes, ~of_clusters & of_clusters
+    ood_logits = random(batch, classes, seed=9)
+    ood_logits[:, 0] += 100.0 if situation == "all_ignored" else 0.0
+    centres = (random(classes, channels, seed=11), random(clusters, channels, seed=12))
+    features = random(batch, channels, seed=10)
+    return random(batch, classes, seed=8), features, ood_logits, labels, *centres, of_classes, of_clusters
+
+
 PAIR_OPTIONS = {"radius": 3}
 FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
 
@@ -292,5 +311,40 @@ CASES = (
         predictions=2,
         varies=({"normalize": "weights", "pull_weight": 0.035},),
         sync=True,
+    ),
+    LossCase(
+        losses.ood_metric_loss,
+        losses.OoDMetricLoss,
+        lambda situation: (_wood(situation)[1], *_wood(situation)[3:]),
+        options={"topk": 0.3},
+        varies=(
+            {"reduction": "sum", "selection": "image"},
+            {"reduction": "none", "margin": 2.0, "topk": 0.5},
+            {"topk": 0.0},
+            {"topk": 1.0},
+        ),
+        sync=True,
+        constants=4,
+    ),
+    LossCase(
+        losses.ood_negative_loss,
+        losses.OoDNegativeLoss,
+        lambda situation: _wood(situation)[2:3],
+        options={"ignore_top": (0,)},
+        zero_in=("all_ignored", "smallest"),  # the only class there is
+        varies=({"reduction": "sum"}, {"reduction": "none", "ignore_top": (0, 2)}),
+    ),
+    LossCase(
+        losses.wood_loss,
+        losses.WOoDLoss,
+        _wood,
+        predictions=3,
+        zero_in=(),  # tags are learnt without any centre too
+        varies=(
+            {"selection": "image", "margin": 2.0, "ignore_top": (0,)},
+            {"distance_weight": 1.0, "ood_weight": 0.5, "topk": 0.5},
+        ),
+        sync=True,
+        constants=4,
     ),
 )

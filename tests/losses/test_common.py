@@ -168,7 +168,9 @@ def compare_one_image_a_process_with_one_batch(rank: int, address: str) -> None:
             whole = arguments(case, "typical")
             expected = case.function(*whole, **case.options)
             expected_grads = gradients(case, expected, whole)
-            mine = [image(x, rank) for x in arguments(case, "typical")]
+            inputs = arguments(case, "typical")
+            batched = len(inputs) - case.constants
+            mine = [*(image(x, rank) for x in inputs[:batched]), *inputs[batched:]]
             mine[: case.predictions] = [x.detach().requires_grad_() for x in mine[: case.predictions]]
             result = case.function(*mine, **case.options, sync=True)
             torch.testing.assert_close(result, expected, msg=lambda text, name=case.name: f"{name}: {text}")
