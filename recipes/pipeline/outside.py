@@ -1,0 +1,94 @@
+"""Out-of-distribution images: photographs that show none of the classes, from the data set or from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from recipes.pipeline.data.image_set import PHOTO_SUFFIXES, first_five
+from recipes.pipeline.data.voc import outside_images
+from recipes.pipeline.run import Run
+from recipes.pipeline.training import TaggedCrops
+
+PREFIX = "ood__"  # of the names that outside_images gives, so that none is that of a training image
+
+
+def find_outside(folder: str | None, listed: str | None, option: str = "outside") -> dict[str, str]:
+    """Look for the photographs of a folder.
+
+    Args:
+        folder: holds them, or has a JPEGImages that does.
+        listed: file that names those to use, one a line, with or without suffix; what follows a tab is a remark.
+        option: what gave the folder, for the messages.
+
+    Returns:
+        Name -> photograph; empty without a folder.
+
+    Raises:
+        ValueError: no such folder, list or photograph, or a list without a folder.
+    """
+    if folder is None:
+        if listed is not None:
+            raise ValueError("outside_list: expected together with outside, the folder that the list is of")
+        return {}
+    path = Path(folder).expanduser().absolute()
+    found = outside_images(path, required=False)
+    if not found:
+        raise ValueError(f"{option}: no photographs in {path}")
+    if listed is None:
+        return found
+    file = Path(listed).expanduser()
+    if not file.is_file():
+        raise ValueError(f"outside_list: no file {file}")
+    lines = [line.partition("\t")[0].strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    names = [PREFIX + (Path(line).stem if line.lower().endswith(PHOTO_SUFFIXES) else line) for line in lines if line]
+    if not names:
+        raise ValueError(f"outside_list: {file} is empty")
+    missing = [name.removeprefix(PREFIX) for name in names if name not in found]
+    if missing:
+        raise ValueError(f"outside_list: {first_five(missing, 'image')} of {file} not in {path}")
+    return {name: found[name] for name in names}
+
+
+def add_outside(run: Run, found: dict[str, str]) -> tuple[str, ...]:
+    """Make the photographs of `find_outside` the out-of-distribution images of the run, by default its data set's own.
+
+    Returns:
+        Their names; the first ``max_steps`` of them in a run cut short.
+
+    Raises:
+        ValueError: there is none, or some are broken.
+    """
+    if found:
+        replace(run.dataset, files=found).check()
+        files = {**run.dataset.files, **found}
+        run.dataset = replace(run.dataset, files=files, out_of_distribution=tuple(found))
+    names = run.dataset.out_of_distribution
+    if not names:
+        raise ValueError(
+            f"outside: {run.dataset.name} has no out-of-distribution images; give a folder of photographs without any "
+            f"{', '.join(run.dataset.classes[:5])}{'...' * (len(run.dataset.classes) > 5)} (and another --out)"
+        )
+    return names if run.config.max_steps is None else names[: run.config.max_steps]
+
+
+class CropsWithOutside(Dataset):
+    """The items of ``crops``, each with ``outside`` (3, crop, crop): a random one of these images, augmented alike."""
+
+    def __init__(self, crops: TaggedCrops, outside: Sequence[str]) -> None:
+        self.crops, self.outside = crops, outside
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = self.crops[index]
+        name = self.outside[int(torch.randint(len(self.outside), ()))]
+        image = self.crops.transform(tv_tensors.Image(self.crops.dataset.image(name)))
+        return {**item, "outside": image.as_subclass(Tensor)}

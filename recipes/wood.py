@@ -1,0 +1,293 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["wsss[recipes,weights]"]
+# ///
+"""W-OoD: Weakly Supervised Semantic Segmentation using Out-of-Distribution Data (Lee et al., CVPR 2022).
+
+Pictures that show none of the classes, and on which a classifier fires all the same (rails for the train, water for the
+boat), teach it what the classes are not. A trained classifier is fine-tuned: images are pulled to the mean feature of
+their classes and pushed from the nearest clusters of the pictures from outside, and these count as negatives of every
+class after a small step that makes the classifier surer of them.
+
+    python -m recipes run wood                                      # built-in demo data, two CPU cores
+    python -m recipes run wood --reuse runs/cam-demo-s0             # with the classifier of a finished run
+    python -m recipes run wood --preset paper --data voc:PATH --outside FOLDER
+
+Which pictures to take: rank a folder of candidates by what the classifier believes to see in them, look through the
+list that is written, strike out those that do show a class, and train with the rest (--reuse runs/candidates keeps the
+classifier).
+
+    python -m recipes run wood --data voc:PATH --rank FOLDER --out runs/candidates
+    python -m recipes run wood --data voc:PATH --outside FOLDER --outside-list runs/candidates/outside.txt
+
+The maps are plain CAMs; the paper's best ones are AdvCAM's. The released code keeps the checkpoint whose CAMs agree
+best with the pixel labels of the training images; here the last one counts.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recipes import irn
+from recipes.cli import run_recipe
+from recipes.pipeline.cams import CamConfig, write_cams
+from recipes.pipeline.classification import ClassifyConfig, tagged_crops, train_classifier
+from recipes.pipeline.labels import measure_cams
+from recipes.pipeline.models import Classifier, freeze_stages
+from recipes.pipeline.outside import PREFIX, CropsWithOutside, add_outside, find_outside
+from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
+from recipes.pipeline.report import finish
+from recipes.pipeline.run import Run, RunConfig, replacing, save_arrays, start
+from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.training import Moment, Schedule, fit, scaled_size, two_speed_groups
+from recipes.pipeline.views import image_tensor, view
+from wsss_losses import WOoDLoss
+from wsss_modules import FeatureCentreBank, centre_distances, gradient_climb
+
+
+@dataclass(frozen=True)
+class WoodConfig:
+    """Fine-tuning with images from outside."""
+
+    clusters: int = 20
+    """Clusters of the images from outside; 50 in the paper, which has thousands of them."""
+    long_side: int | None = None
+    """Longer side of the images from outside in pixels where their features are taken; their own by default."""
+    refresh_every: int | None = None
+    """Epochs after which the centres are computed anew; by default they stay as the classifier has them."""
+    step: float = 0.07
+    """Step of the climb, in units of the normalised pixels."""
+    distance_weight: float = 0.007
+    """Weight of the distances to the centres."""
+    ood_weight: float = 0.25
+    """Weight of the images from outside as negatives."""
+    topk: float = 0.2
+    """Share of the pairs of an image and a cluster that push."""
+    selection: Literal["batch", "image"] = "batch"
+    """Whether that share is of the batch, as released, or of each image."""
+    ignore_top: tuple[str, ...] = ()
+    """Classes by name: an image from outside that is taken for one of them is left out of the negatives."""
+    frozen_stages: int = 3
+    """Stem and stages that keep their weights."""
+    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=2, batch_size=16, lr=0.005, head_lr=0.05))
+    """Training schedule; a batch is of as many images from outside again."""
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of a run."""
+
+    outside: str | None = None
+    """Folder of photographs that show none of the classes; by default the data set's own."""
+    outside_list: str | None = None
+    """List of those photographs in the folder that are to be used."""
+    rank: str | None = None
+    """Only rank the photographs of this folder: train the classifier, write outside.txt and stop."""
+    classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
+    wood: WoodConfig = field(default_factory=WoodConfig)
+    cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
+    threshold: float = 0.25
+    """Background score at which the CAMs themselves are measured."""
+    relation: irn.RelationConfig = field(default_factory=lambda: irn.PRESETS["demo"].relation)
+    walk: irn.WalkConfig = field(default_factory=lambda: irn.PRESETS["demo"].walk)
+    mask_crf: bool = True
+    """Train the segmentation on CRF-refined masks."""
+    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
+
+
+class Output(NamedTuple):
+    """``logits`` (B, K), ``cam`` (B, K, h, w), ``features`` (B, D), the mean over the cells of the last map."""
+
+    logits: Tensor
+    cam: Tensor
+    features: Tensor
+
+
+class WOoDNet(nn.Module):
+    """The classifier with the centres that its features are compared to, all in one checkpoint."""
+
+    def __init__(self, classifier: Classifier, bank: FeatureCentreBank) -> None:
+        super().__init__()
+        self.trunk, self.head, self.bank = classifier.trunk, classifier.head, bank
+
+    def forward(self, images: Tensor) -> Output:
+        maps = self.trunk(images).final
+        return Output(*self.head(maps), maps.mean((2, 3)))
+
+    def centres(self) -> tuple[Tensor, ...]:
+        return self.bank.class_centres, self.bank.ood_centres, self.bank.class_valid, self.bank.ood_valid
+
+
+class Terms(NamedTuple):
+    """Those of the loss, and the mean distance of the images to their classes, which drifts as the backbone learns."""
+
+    total: Tensor
+    classification: Tensor
+    distance: Tensor
+    ood: Tensor
+    own_class: Tensor
+
+
+def pooled_features(
+    run: Run, trunk: nn.Module, names: tuple[str, ...], long_side: int | None = None, folder: str = "features"
+) -> Tensor:
+    """The features of whole images, (N, D), kept in ``folder/IMAGE.npz``."""
+    trunk.to(run.fabric.device, memory_format=torch.channels_last).eval()
+
+    @torch.no_grad()
+    def work(name: str) -> None:
+        image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
+        height, width = image.shape[-2:]
+        size = (height, width) if long_side is None else scaled_size(height, width, long_side / max(height, width))
+        pooled = trunk(view(image, size, trunk.mean, trunk.std, flip=False)).final.mean((2, 3))[0]
+        save_arrays(run.path(folder, f"{name}.npz"), features=pooled.cpu().numpy())
+
+    run.for_each(names, lambda name: run.path(folder, f"{name}.npz"), work)
+    return torch.from_numpy(np.stack([np.load(run.path(folder, f"{name}.npz"))["features"] for name in names]))
+
+
+def fit_centres(
+    run: Run, trunk: nn.Module, bank: FeatureCentreBank, outside: tuple[str, ...], config: WoodConfig, folder: str
+) -> None:
+    """The mean feature of each class, and cluster centres of the images from outside."""
+    features = pooled_features(run, trunk, run.train, folder=folder)
+    ood_features = pooled_features(run, trunk, outside, config.long_side, folder)
+    labels = torch.from_numpy(np.stack([run.dataset.labels(name) for name in run.train]))
+    bank.cpu().fit(features, labels, ood_features)
+    bank.to(run.fabric.device)
+
+
+def fine_tune(run: Run, net: WOoDNet, crops: CropsWithOutside, outside: tuple[str, ...], config: WoodConfig) -> None:
+    """Tags, distances to the centres, and climbed images from outside as negatives of every class."""
+    net.trunk.requires_grad_(True)
+    freeze_stages(net.trunk.body, config.frozen_stages)
+    loss = WOoDLoss(
+        distance_weight=config.distance_weight,
+        ood_weight=config.ood_weight,
+        topk=config.topk,
+        selection=config.selection,
+        ignore_top=[k for k, name in enumerate(run.dataset.classes) if name in config.ignore_top],
+        sync=run.fabric.world_size > 1,
+    )
+    refresh_steps = max(1, len(crops) // config.schedule.batch_size) * (config.refresh_every or 0)
+
+    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Terms:
+        if refresh_steps and at.step and at.step % refresh_steps == 0:
+            fit_centres(run, net.trunk, net.bank, outside, config, f"features-{at.epoch}")
+            model.train()
+        climbed = gradient_climb(lambda images: net(images).logits, batch["outside"], config.step)
+        labels, size = batch["labels"], len(batch["image"])
+        logits, _, features = model(torch.cat([batch["image"], climbed]))
+        terms = loss(logits[:size], features[:size], logits[size:], labels, *net.centres())
+        with torch.no_grad():
+            to_classes = centre_distances(features[:size], net.bank.class_centres, net.bank.class_valid)
+            own_class = (to_classes * labels).sum() / labels.sum().clamp(min=1)
+        return Terms(*terms, own_class)
+
+    fit(run, "wood", net, crops, loss_of, two_speed_groups(net, [net.head], config.schedule), config.schedule)
+
+
+def rank_candidates(run: Run, classifier: Classifier, names: tuple[str, ...], long_side: int | None) -> None:
+    """Write ``outside.txt``: candidates that the classifier takes for a class (above 0.5), the surest first."""
+    features = pooled_features(run, classifier.trunk, names, long_side)
+    weight = classifier.head.classifier.weight.detach().cpu().flatten(1)
+    surest, index = F.linear(features, weight).sigmoid().max(1)
+    order = [i for i in surest.argsort(descending=True, stable=True).tolist() if surest[i] > 0.5]
+    lines = [f"{names[i].removeprefix(PREFIX)}\t{surest[i]:.3f}\t{run.dataset.classes[int(index[i])]}\n" for i in order]
+    if run.fabric.global_rank == 0:
+        with replacing(run.path("outside.txt"), "w") as file:
+            file.writelines(lines)
+    said = f"{len(lines)} of {len(names)} candidates are taken for a class"
+    if lines:
+        advice = f"strike out of {run.path('outside.txt')} those that show one, then train with --outside-list"
+        run.console.print(f"  {said}; {advice}", highlight=False)
+    else:
+        run.console.print(f"  [yellow]{said}: there is nothing to learn from them; try others[/]", highlight=False)
+
+
+PRESETS = {
+    "demo": Config(),
+    # As fast as the classifier learnt, as published. Two epochs, since a step costs about three passes over twice as
+    # many images. Confident areas and walk are IRN's, whose maps are plain CAMs as these are.
+    "small": Config(
+        classify=CLASSIFY["small"],
+        wood=WoodConfig(clusters=50, frozen_stages=4, schedule=replace(CLASSIFY["small"].schedule, epochs=2)),
+        cams=CAMS["small"],
+        relation=irn.PRESETS["small"].relation,
+        walk=irn.PRESETS["small"].walk,
+        segment=SEGMENT["small"],
+    ),
+    # The released code leaves bottles out, which the images from outside may show; IRN's settings are those for AdvCAM.
+    "paper": Config(
+        classify=CLASSIFY["paper"],
+        wood=WoodConfig(
+            clusters=50,
+            long_side=500,
+            ignore_top=("bottle",),
+            schedule=Schedule(epochs=5, batch_size=16, lr=0.1, head_lr=1.0, momentum=1e-4),
+        ),
+        cams=CAMS["paper"],
+        threshold=0.1,
+        relation=replace(irn.PRESETS["paper"].relation, background=0.15),
+        walk=replace(irn.PRESETS["paper"].walk, cam_power=1.5, threshold=0.22),
+        mask_crf=False,
+        segment=SEGMENT["paper"],
+    ),
+    "tiny": Config(
+        data="demo:tiny",
+        classify=CLASSIFY["tiny"],
+        wood=WoodConfig(clusters=4, schedule=replace(CLASSIFY["tiny"].schedule, epochs=1)),
+        cams=CAMS["tiny"],
+        relation=irn.PRESETS["tiny"].relation,
+        walk=irn.PRESETS["tiny"].walk,
+        segment=SEGMENT["tiny"],
+    ),
+}
+
+
+def main(config: Config) -> dict:
+    if config.rank is None:
+        found = find_outside(config.outside, config.outside_list)
+    else:
+        found = find_outside(config.rank, None, "rank")
+    run = start("wood", config, takes=("classify",))
+    outside = add_outside(run, found)
+
+    with run.stage("classify", "Classifier from tags"):
+        classifier = train_classifier(run, config.classify)
+
+    if config.rank is not None:
+        with run.stage("rank", "Candidates from outside"):
+            rank_candidates(run, classifier, outside, config.wood.long_side)
+        return finish(run)
+
+    with run.stage("centres", "Centres of the classes and of the images from outside"):
+        bank = FeatureCentreBank(len(run.dataset.classes), config.wood.clusters, classifier.trunk.out_channels)
+        fit_centres(run, classifier.trunk, bank, outside, config.wood, "features")
+
+    with run.stage("wood", "Fine-tuning with images from outside"):
+        net = WOoDNet(classifier, bank)
+        crops = CropsWithOutside(tagged_crops(run, config.classify, net.trunk), outside)
+        fine_tune(run, net, crops, outside, config.wood)
+
+    with run.stage("cams", "Class activation maps of the fine-tuned classifier"):
+        write_cams(run, net, run.train + run.val, config.cams)
+        measure_cams(run, config.threshold)
+
+    irn.refine_with_irn(run, config.relation, config.walk, config.mask_crf)
+
+    with run.stage("segment", "Segmentation network from the masks"):
+        segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)
+
+    return finish(run)
+
+
+if __name__ == "__main__":
+    run_recipe(sys.modules[__name__])
