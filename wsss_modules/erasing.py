@@ -36,13 +36,13 @@ class ErasedClass(NamedTuple):
     Attributes:
         erased: (B, K) the class that is to be erased: one 1 a row; zeros where there is none.
         remaining: (B, K) the other present classes, so that ``erased + remaining`` are the labels.
-        index: (B,) int64 the class, 0..K-1; where there is none it means nothing.
+        chosen: (B,) int64 which class that is, 0..K-1; where there is none the number means nothing.
         valid: (B,) bool whether there is one.
     """
 
     erased: Tensor
     remaining: Tensor
-    index: Tensor
+    chosen: Tensor
     valid: Tensor
 
 
@@ -97,9 +97,9 @@ def sample_erase_class(
     check_integer("index", index)
     index = index.to(torch.int64)
     valid = present.gather(1, index[:, None])[:, 0]
-    chosen = (torch.arange(classes, device=labels.device) == index[:, None]) & valid[:, None]
+    taken = (torch.arange(classes, device=labels.device) == index[:, None]) & valid[:, None]
     zero = torch.zeros_like(labels)
-    return ErasedClass(torch.where(chosen, labels, zero), torch.where(chosen, zero, labels), index, valid)
+    return ErasedClass(torch.where(taken, labels, zero), torch.where(taken, zero, labels), index, valid)
 
 
 class ErasedImages(NamedTuple):
@@ -178,7 +178,7 @@ def class_specific_erase(
     picked = torch.where((erased > 0)[:, :, None, None], values, 0.0).sum(1, keepdim=True)  # (B, 1, h, w)
     shown = F.relu(F.interpolate(picked, images.shape[-2:], mode="bilinear", align_corners=False))
     if normalise == "batch":
-        peak = max_over_processes(shown.amax(), sync)
+        peak = max_over_processes(shown.amax() if shown.numel() else shown.sum(), sync)
     else:
         peak = shown.amax((1, 2, 3), keepdim=True)
     scale = peak + eps

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from tests.modules.reference_cam import dense_reference
 from wsss_modules import (
@@ -155,6 +156,35 @@ def test_multi_scale_cam_does_not_depend_on_the_scale_of_the_maps() -> None:
     maps, labels = scale_maps(), torch.ones(2, 4)
     large = multi_scale_cam([100 * m for m in maps], labels, (16, 18))
     torch.testing.assert_close(large.cam, multi_scale_cam(maps, labels, (16, 18)).cam, rtol=1e-4, atol=0)
+
+
+def test_multi_scale_cam_applies_relu_between_the_up_sampling_and_the_sum() -> None:
+    maps, labels, size = [2 * m - 1 for m in scale_maps()], torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0]]), (30, 37)
+    mirrored = [False, True, False, True]
+    out = multi_scale_cam(maps, labels, size, mirrored=mirrored, relu=True, stride=4, round_to=16)
+    for got, grid, cut in ((out.cam, (8, 10), (8, 10)), (out.high_res, (32, 48), size)):
+        positive = [F.interpolate(m, grid, mode="bilinear", align_corners=False).clamp(min=0) for m in maps]
+        expected = dense_reference(positive, cut, mirrored, grid)
+        torch.testing.assert_close(got, expected[out.image, out.keys - 1], rtol=1e-5, atol=1e-6)
+        assert bool((got >= 0).all())
+
+
+def test_multi_scale_cam_with_relu_of_maps_that_need_none_is_the_same() -> None:
+    maps, labels = scale_maps(), torch.ones(2, 4)
+    plain, rectified = (multi_scale_cam(maps, labels, (16, 18), relu=relu).cam for relu in (False, True))
+    assert torch.equal(plain, rectified)
+
+
+def test_multi_scale_cam_with_relu_of_wholly_negative_maps_is_zero() -> None:
+    maps = [-m for m in scale_maps()]
+    assert not multi_scale_cam(maps, torch.ones(2, 4), (16, 18), relu=True).cam.any()
+
+
+def test_multi_scale_cam_does_not_depend_on_the_order_of_the_views() -> None:
+    maps, labels, mirrored = [2 * m - 1 for m in scale_maps()], torch.ones(2, 4), [False, True, True, False]
+    out = multi_scale_cam(maps, labels, (16, 18), mirrored=mirrored, relu=True)
+    back = multi_scale_cam(maps[::-1], labels, (16, 18), mirrored=mirrored[::-1], relu=True)
+    torch.testing.assert_close(back.cam, out.cam)
 
 
 def test_multi_scale_cam_of_a_dead_class_is_zero() -> None:
