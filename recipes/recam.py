@@ -54,6 +54,8 @@ class ReactivationConfig:
     """Keep the gradient of the softmax loss from the first classifier."""
     readout: Literal["product", "sum", "recam", "cam"] = "product"
     """Weights that read the maps: of both classifiers, of the second or of the first."""
+    clamp_negative: bool = False
+    """With the product: leave out channels that speak against a class in both classifiers, else evidence for it."""
     schedule: Schedule = field(default_factory=lambda: Schedule(epochs=4, batch_size=16, lr=2e-4, head_lr=2e-3))
     """Training schedule; ``lr`` is that of backbone and first classifier, ``head_lr`` that of the second."""
 
@@ -107,12 +109,13 @@ class Maps(NamedTuple):
 class Reactivated(nn.Module):
     """The fine-tuned network, read with the weights of both classifiers."""
 
-    def __init__(self, net: ReCAMNet, readout: str) -> None:
+    def __init__(self, net: ReCAMNet, config: ReactivationConfig) -> None:
         super().__init__()
-        self.trunk, self.head, self.readout = net.trunk, net.head, readout
+        self.trunk, self.head, self.config = net.trunk, net.head, config
 
     def forward(self, images: Tensor) -> Maps:
-        return Maps(self.head.reactivated_cam(self.trunk(images).final, mode=self.readout))
+        mode, clamp = self.config.readout, self.config.clamp_negative
+        return Maps(self.head.reactivated_cam(self.trunk(images).final, mode=mode, clamp_negative=clamp))
 
 
 def reactivate(run: Run, classifier: Classifier, classify: ClassifyConfig, config: ReactivationConfig) -> ReCAMNet:
@@ -176,7 +179,7 @@ def main(config: Config) -> dict:
         net = reactivate(run, classifier, config.classify, config.recam)
 
     with run.stage("cams", "Re-activated maps"):
-        write_cams(run, Reactivated(net, config.recam.readout), run.train + run.val, config.cams)
+        write_cams(run, Reactivated(net, config.recam), run.train + run.val, config.cams)
         measure_cams(run, config.threshold)
 
     irn.refine_with_irn(run, config.relation, config.walk, config.mask_crf)

@@ -33,8 +33,9 @@ def reactivated_cam(
 
     .. math:: a_k = \mathrm{relu}(v_k \cdot x), \qquad v = w \odot w' \quad \text{for mode="product"}
 
-    with w the weights of the first, multi-label classifier and w' those of the second, softmax one. The product keeps
-    the channels on which both agree; it counts a channel that both weigh negatively as evidence for the class.
+    with w the weights of the first, multi-label classifier and w' those of the second, softmax one. The product is
+    positive where both agree, also against a class: what both weigh negatively, such as the look of a class that often
+    comes along, counts as evidence for this one unless ``clamp_negative`` leaves it out.
 
     Args:
         features: (B, D, H, W) floating point.
