@@ -91,6 +91,10 @@ def ood_metric_loss(
     check_shape("labels", labels, (batch, None), "to match features")
     check_shape("class_centres", class_centres, (labels.shape[1], channels), "to match labels and features")
     check_shape("ood_centres", ood_centres, (None, channels), "to match features")
+    if class_valid is not None:
+        check_shape("class_valid", class_valid, class_centres.shape[:1], "to match class_centres")
+    if ood_valid is not None:
+        check_shape("ood_valid", ood_valid, ood_centres.shape[:1], "to match ood_centres")
     if not 0 <= topk <= 1:
         raise ValueError(f"topk: expected a number in [0, 1], got {topk}")
     if selection not in ("batch", "image"):

@@ -52,7 +52,7 @@ def find_outside(folder: str | None, listed: str | None, option: str = "outside"
         raise ValueError(f"outside_list: {file} is empty")
     missing = [name.removeprefix(PREFIX) for name in names if name not in found]
     if missing:
-        raise ValueError(f"outside_list: {first_five(missing, 'image')} of {file} not in {path}")
+        raise ValueError(f"outside_list: {first_five(missing, 'image', f'of {file} not in {path}')}")
     return {name: found[name] for name in names}
 
 

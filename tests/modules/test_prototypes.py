@@ -1,16 +1,24 @@
-"""k-means against a loop over samples and clusters, and what holds for any data."""
+"""k-means, class means, distances and closest pairs against loops, and what holds for any data."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from wsss_modules import kmeans, prototypes
+from wsss_modules import (
+    FeatureCentreBank,
+    centre_distances,
+    class_feature_centres,
+    closest_pairs,
+    kmeans,
+    prototypes,
+)
 
 
 def blobs(n: int = 40, channels: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -180,3 +188,157 @@ def test_kmeans_ignores_autocast_and_compiles() -> None:
 def test_kmeans_names_the_wrong_argument(error: type[Exception], message: str, arguments: dict[str, object]) -> None:
     with pytest.raises(error, match=message):
         kmeans(**{"x": torch.ones(3, 2), "k": 2, **arguments})
+
+
+@given(st.integers(1, 12), st.integers(0, 10_000))
+def test_class_feature_centres_equal_a_loop_of_means(n: int, seed: int) -> None:
+    features = blobs(n, 4, seed)
+    labels = blobs(n, 6, seed + 1) > 0.5
+    centres, valid = class_feature_centres(features, labels.float())
+    for k in range(6):
+        assert valid[k] == labels[:, k].any()
+        mean = features[labels[:, k]].mean(0) if labels[:, k].any() else torch.zeros(4, dtype=torch.float64)
+        torch.testing.assert_close(centres[k], mean)
+
+
+def test_class_feature_centres_without_images_or_labels_are_not_valid() -> None:
+    for features, labels in [(blobs(0)[:, :3], torch.zeros(0, 2)), (blobs(4), torch.zeros(4, 2))]:
+        centres, valid = class_feature_centres(features, labels)
+        assert not centres.any()
+        assert not valid.any()
+
+
+def test_class_feature_centres_in_half_precision_are_averaged_in_float32() -> None:
+    features = torch.full((4000, 2), 0.1, dtype=torch.float16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        centres = class_feature_centres(features, torch.ones(4000, 1)).centres
+    assert centres.dtype == torch.float16
+    assert torch.equal(centres, features[:1])
+
+
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 10_000))
+def test_centre_distances_equal_a_loop(batch: int, clusters: int, seed: int) -> None:
+    features, centres = blobs(batch, 3, seed), blobs(clusters, 3, seed + 1)
+    expected = torch.tensor([[(z - c).square().sum().sqrt() for c in centres] for z in features], dtype=torch.float64)
+    torch.testing.assert_close(centre_distances(features, centres), expected)
+
+
+def test_centre_distances_keep_their_digits_far_from_the_origin() -> None:
+    features, centres = 1000 + blobs(4, 64, dtype=torch.float32), 1000 + blobs(3, 64, 1, dtype=torch.float32)
+    exact = centre_distances(features.double(), centres.double())
+    torch.testing.assert_close(centre_distances(features, centres).double(), exact, rtol=1e-6, atol=0)
+
+
+def test_centre_distances_have_a_gradient_of_length_one_or_zero() -> None:
+    features = blobs(3, 4).requires_grad_()
+    centres = torch.cat([blobs(2, 4, 1), features.detach()[1:2], torch.full((1, 4), torch.nan)])
+    valid = torch.tensor([True, True, True, False])
+    distances = centre_distances(features, centres, valid)
+    assert not distances[:, 3].any()
+    for (b, q), length in {(0, 0): 1.0, (1, 1): 1.0, (1, 2): 0.0, (2, 3): 0.0}.items():
+        (grad,) = torch.autograd.grad(distances[b, q], features, retain_graph=True)
+        torch.testing.assert_close(grad[b].norm().item(), length)
+        assert not grad[[i for i in range(3) if i != b]].any()
+    assert torch.autograd.gradcheck(lambda x: centre_distances(x, centres[:2]), features)
+
+
+@given(
+    st.integers(1, 5),
+    st.integers(1, 12),
+    st.sampled_from([0.0, 0.1, 0.2, 1 / 3, 0.7, 1.0]),
+    st.integers(0, 10_000),
+    st.sampled_from(["batch", "image"]),
+)
+def test_closest_pairs_are_the_released_rule_on_each_pool(
+    batch: int, clusters: int, fraction: float, seed: int, scope: str
+) -> None:
+    distances, valid = blobs(batch, clusters, seed).abs(), blobs(clusters, 1, seed + 1)[:, 0] > -0.5
+    selected, threshold = closest_pairs(distances, fraction, valid=valid, scope=scope)
+    pools = [torch.ones(batch, dtype=torch.bool)] if scope == "batch" else list(torch.eye(batch, dtype=torch.bool))
+    for number, rows in enumerate(pools):
+        pool = sorted((d for d in distances[rows][:, valid].flatten().tolist()), reverse=True)
+        apart = int(len(pool) * (1 - fraction))
+        limit = pool[apart - 1] if apart else torch.inf
+        assert threshold.flatten()[number] == limit
+        assert torch.equal(selected[rows], (distances[rows] < limit) & valid)
+        assert selected[rows].sum() == len(pool) - apart
+
+
+def test_closest_pairs_at_distance_zero_are_selected_and_not_counted() -> None:
+    distances = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]])
+    selected, threshold = closest_pairs(distances, 0.2)
+    assert threshold == 2  # the smallest of the four largest of five
+    assert selected.tolist() == [[True, True, False, False, False, False]]
+
+
+def test_closest_pairs_compiles_and_takes_half_precision() -> None:
+    distances = blobs(4, 9).abs()
+    compiled = torch.compile(closest_pairs, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(distances), closest_pairs(distances))
+    half = distances.half()
+    assert torch.equal(closest_pairs(half).selected, closest_pairs(half.double()).selected)
+    assert closest_pairs(distances[:, :0]).selected.shape == (4, 0)
+
+
+def filled_bank() -> FeatureCentreBank:
+    labels = torch.tensor([[1, 0, 1]] * 5 + [[0, 0, 1]] * 5)
+    return FeatureCentreBank(3, 4, 6).fit(blobs(10, 6).float(), labels, blobs(20, 6, 1).float())
+
+
+def test_bank_holds_class_means_and_cluster_centres() -> None:
+    bank = filled_bank()
+    torch.testing.assert_close(bank.class_centres[0], blobs(10, 6).float()[:5].mean(0))
+    assert bank.class_valid.tolist() == [True, False, True]
+    torch.testing.assert_close(bank.ood_centres, kmeans(blobs(20, 6, 1).float(), 4).centres)
+    assert bank.ood_valid.all()
+
+
+def test_bank_round_trips_through_its_state_and_moves_with_the_module() -> None:
+    bank, other = filled_bank(), FeatureCentreBank(3, 4, 6)
+    assert not any(buffer.any() for buffer in other.buffers())
+    other.load_state_dict(bank.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(bank.buffers(), other.buffers(), strict=True))
+    assert len(bank.state_dict()) == 4
+    assert not list(bank.parameters())
+    assert nn.Sequential(bank).double()[0].class_centres.dtype == torch.float64
+    assert repr(bank) == "FeatureCentreBank(num_classes=3, num_clusters=4, dim=6)"
+
+
+def test_bank_can_be_refreshed_and_takes_fewer_images_than_clusters() -> None:
+    bank = filled_bank()
+    bank.fit(blobs(2, 6, 5).float(), torch.eye(3)[:2], blobs(3, 6, 6).float(), init="kmeans++")
+    assert bank.class_valid.tolist() == [True, True, False]
+    assert not bank.class_centres[2].any()
+    assert bank.ood_centres.isfinite().all()
+    assert len(bank.ood_centres.unique(dim=0)) == 3
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        (r"features: expected shape \(N, C\)", lambda: class_feature_centres(blobs().view(2, 20, 5), torch.ones(2, 1))),
+        (r"labels: expected shape \(40, \*\)", lambda: class_feature_centres(blobs(), torch.ones(39, 1))),
+        (r"centres: expected shape \(\*, 5\) to match features", lambda: centre_distances(blobs(), blobs(3, 4))),
+        (r"valid: expected shape \(3,\)", lambda: centre_distances(blobs(), blobs(3), torch.ones(2))),
+        (r"distances: expected shape \(B, Q\)", lambda: closest_pairs(blobs()[0])),
+        (r"fraction: expected a number in \[0, 1\], got 2", lambda: closest_pairs(blobs(), 2)),
+        ("scope: expected", lambda: closest_pairs(blobs(), scope="class")),
+        (r"valid: expected shape \(5,\) to match distances", lambda: closest_pairs(blobs(), valid=torch.ones(4))),
+        ("num_classes, num_clusters, dim: expected at least 1, got 3, 0 and 6", lambda: FeatureCentreBank(3, 0, 6)),
+        (
+            r"features: expected shape \(\*, 6\) for this bank",
+            lambda: FeatureCentreBank(3, 4, 6).fit(blobs(), torch.ones(40, 3), blobs()),
+        ),
+        (
+            r"labels: expected shape \(40, 2\) for this bank",
+            lambda: FeatureCentreBank(2, 4, 5).fit(blobs(), torch.ones(40, 3), blobs()),
+        ),
+        (
+            r"ood_features: expected shape \(\*, 5\) for this bank",
+            lambda: FeatureCentreBank(3, 4, 5).fit(blobs(), torch.ones(40, 3), blobs(9, 4)),
+        ),
+    ],
+)
+def test_centres_name_the_wrong_argument(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
