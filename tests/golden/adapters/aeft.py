@@ -1,7 +1,9 @@
 """AEFT: the released layer names its gates ``gconv``, the released losses are one function on one batch."""
 
+from types import SimpleNamespace
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import wsss_losses as losses
 import wsss_modules as modules
@@ -60,3 +62,50 @@ def repulsion(case: Case) -> dict[str, Tensor]:
 def responses(gpp: Tensor, labels: Tensor) -> Tensor:
     """(B, K) what the attraction compares: its distance from maps without any response."""
     return losses.erasing_attraction_loss(gpp, torch.zeros_like(gpp), labels, reduction="none")
+
+
+@adapter("aeft/aeft_full_update")
+def full_update(case: Case) -> dict[str, Tensor]:
+    from recipes import aeft  # the recipes need more than the library does
+
+    call, labels = case.call, case.inputs["in.label"]
+    attraction, repulsion = call["W"][1:]
+    erase, exclude = call["TH"]
+    options = aeft.TripletConfig(
+        erase=erase, exclude=exclude, margin=call["M"], attraction=attraction, repulsion=repulsion
+    )
+    net = aeft.PyramidClassifier(Images(), labels.shape[1], modules.SoftErase(options.erase))
+    kernel = case.params["param.f.weight"]
+    net.head = nn.Conv2d(kernel.shape[1], len(kernel), kernel.shape[2:], stride=4, padding=1)
+    case.load(net, lambda name: name.replace("f.", "head.") if name.startswith("f.") else of_pooling(name))
+    out = net(case.leaf("in.img"), labels)
+    chosen = case.inputs["in.negative_index"]
+    negatives = modules.DisjointNegatives(chosen, torch.ones_like(chosen, dtype=torch.bool))
+    terms = aeft.triplet_loss(out, labels, negatives, options, classified=8, sync=False)
+    maps = {"out.cam": out.cam, "out.gpp": out.gpp, "out.gpp_masked": out.gpp_masked, "out.mask_positive": out.mask}
+    return {
+        "out.loss": terms.loss,
+        "out.loss_cls": terms.classification,
+        "out.loss_attract": attraction * terms.attraction,
+        "out.loss_repulse": repulsion * terms.repulsion,
+        "out.num_hard": terms.hard,
+        "out.logits": out.logits,
+        "out.anchor_attract": responses(out.gpp, labels),
+        "out.positive_attract": responses(out.gpp_masked, labels),
+        **maps,
+        **case.grads(terms.loss),
+    }
+
+
+class Images(nn.Module):
+    """A backbone whose features are the images."""
+
+    out_channels = 3
+
+    def forward(self, images: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(final=images)
+
+
+def of_pooling(name: str) -> str | None:
+    key = modules.GatedPyramidPooling.released_key(name.removeprefix("g."))
+    return key and f"pooling.{key}"
