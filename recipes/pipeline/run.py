@@ -7,6 +7,7 @@ with the same command goes on where it was and ends with the same result.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -252,6 +253,8 @@ def start(recipe: str, config: RunConfig, takes: Sequence[str] = ("classify", "c
         accelerator=config.accelerator, devices=config.devices, num_nodes=config.nodes, precision=config.precision
     )
     fabric.launch()
+    if fabric.device.type == "cpu":
+        _keep_freed_memory()
     folder = config.out or Path("runs") / f"{recipe}-{config.preset}-s{config.seed}"
     if fabric.global_rank == 0:
         _open_folder(folder, recipe, config)
@@ -261,6 +264,23 @@ def start(recipe: str, config: RunConfig, takes: Sequence[str] = ("classify", "c
         _take_over(run, config.reuse, takes)
     fabric.barrier()
     return run
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what is freed instead of giving each large tensor's pages back to the system.
+
+    Fetching them anew took a third of the time of a training step (EfficientNet-Lite0, 16 crops of 224 pixels, one
+    thread: 1.1 of 3.2 s of processor time in four steps, 0.05 of 2.1 s with this; peak memory 4 % higher). Only
+    glibc has these settings; elsewhere nothing changes.
+    """
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_... of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(arena_max, 1)
 
 
 def settings(config: Any) -> dict[str, Any]:
