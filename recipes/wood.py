@@ -160,21 +160,21 @@ def fit_centres(
     features = pooled_features(run, trunk, run.train, folder=folder)
     ood_features = pooled_features(run, trunk, outside, config.long_side, folder)
     labels = torch.from_numpy(np.stack([run.dataset.labels(name) for name in run.train]))
-    bank.cpu().fit(features, labels, ood_features)
-    bank.to(run.fabric.device)
+    bank.fit(features, labels, ood_features)
 
 
 def fine_tune(run: Run, net: WOoDNet, crops: CropsWithOutside, outside: tuple[str, ...], config: WoodConfig) -> None:
     """Tags, distances to the centres, and climbed images from outside as negatives of every class."""
     net.trunk.requires_grad_(True)
     freeze_stages(net.trunk.body, config.frozen_stages)
+    several = run.fabric.world_size > 1
     loss = WOoDLoss(
         distance_weight=config.distance_weight,
         ood_weight=config.ood_weight,
         topk=config.topk,
         selection=config.selection,
         ignore_top=[k for k, name in enumerate(run.dataset.classes) if name in config.ignore_top],
-        sync=run.fabric.world_size > 1,
+        sync=several,
     )
     refresh_steps = max(1, len(crops) // config.schedule.batch_size) * (config.refresh_every or 0)
 
@@ -182,7 +182,7 @@ def fine_tune(run: Run, net: WOoDNet, crops: CropsWithOutside, outside: tuple[st
         if refresh_steps and at.step and at.step % refresh_steps == 0:
             fit_centres(run, net.trunk, net.bank, outside, config, f"features-{at.epoch}")
             model.train()
-        climbed = gradient_climb(lambda images: net(images).logits, batch["outside"], config.step)
+        climbed = gradient_climb(lambda images: net(images).logits, batch["outside"], config.step, sync=several)
         labels, size = batch["labels"], len(batch["image"])
         logits, _, features = model(torch.cat([batch["image"], climbed]))
         terms = loss(logits[:size], features[:size], logits[size:], labels, *net.centres())

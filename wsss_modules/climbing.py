@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wsss_modules._checks import check_floating, check_ndim, check_shape
+from wsss_modules._distributed import max_over_processes
 
 __all__ = ["gradient_climb", "top_logit_gradient"]
 
@@ -60,6 +61,7 @@ def gradient_climb(
     *,
     scope: Literal["batch", "image"] = "batch",
     eps: float = 1e-12,
+    sync: bool = False,
 ) -> Tensor:
     r"""Move images one step in the direction that raises their strongest class.
 
@@ -74,6 +76,7 @@ def gradient_climb(
         scope: Over what the maximum of the gradient and the range of the pixels are taken: the whole "batch", so that
             the step of an image depends on the others, or each "image".
         eps: Keeps the quotient finite where there is no gradient; such images stay as they are.
+        sync: With "batch", take maximum and range over all processes of a distributed run.
 
     Returns:
         (B, 3, H, W), detached, in the dtype of ``images``, at most s away from them and within their range.
@@ -108,5 +111,6 @@ def gradient_climb(
     axes = (0, 1, 2, 3) if scope == "batch" else (1, 2, 3)
     x = images.detach().to(torch.promote_types(images.dtype, torch.float32))
     gradient = gradient.to(x.dtype)
-    moved = x + step * gradient / (gradient.abs().amax(axes, keepdim=True) + eps)
-    return moved.clamp(x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)).to(images.dtype)
+    extremes = torch.stack([value.amax(axes, keepdim=True) for value in (gradient.abs(), x, -x)])
+    steepest, highest, minus_lowest = max_over_processes(extremes, sync and scope == "batch").unbind()
+    return (x + step * gradient / (steepest + eps)).clamp(-minus_lowest, highest).to(images.dtype)

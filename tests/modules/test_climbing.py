@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -111,6 +114,26 @@ def test_climb_in_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     exact = gradient_climb(lambda x: x.sum((2, 3)) @ weight.double().T, images.double())
     assert climbed.dtype == dtype
     torch.testing.assert_close(climbed.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def climb_one_image_a_process(rank: int, address: str) -> None:
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    try:
+        model, images = Toy(), pictures(2)
+        mine, expected = images[rank : rank + 1], gradient_climb(model, images)[rank : rank + 1]
+        torch.testing.assert_close(gradient_climb(model, mine, sync=True), expected)
+        alone = gradient_climb(model, mine)
+        torch.testing.assert_close(gradient_climb(model, mine, scope="image", sync=True), alone)
+        both = [torch.zeros(()), torch.zeros(())]
+        dist.all_gather(both, (alone - expected).abs().max().float())
+        assert max(both) > 1e-6, "the step of an image depends on the other"
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_synced_climb_over_two_processes_equals_that_of_the_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(climb_one_image_a_process, args=((tmp_path / "meeting").as_uri(),), nprocs=2)
 
 
 @pytest.mark.parametrize(
