@@ -37,10 +37,11 @@ truth of the same split. No checkpoint was chosen on pixel labels: each run take
 that was not run.
 
 The runs shared their two cores with tests and other work: times are upper bounds, and those of a stage can differ
-nearly threefold between runs. A run that continues another's classifier counts its time too.
+nearly threefold between runs (the second `irn` run had the machine nearly to itself). A run that continues another's
+classifier counts its time too.
 
-Both systems lift the plain CAMs above what the dense CRF alone gives them. RW's masks are better than IRN's
-here, the reverse of what was published with larger backbones. Two differences may explain it: RW fine-tunes the
+Both systems lift the plain CAMs above what the dense CRF alone gives them, with either random seed. RW's masks are
+better than IRN's here, the reverse of what was published with larger backbones. Two differences may explain it: RW fine-tunes the
 backbone of its affinity network, and starts it from the classifier, while IRN's stays frozen under heads that take
 243 steps (the published schedule has 990) at the released momentum of 1e-4; and RW's background competes in the
 walk, while IRN's is a constant that was fixed for ResNet-50. Neither was tested by itself.
