@@ -131,13 +131,14 @@ class ReCAMHead(nn.Module):
 
     Differences:
         ``detach_cam`` and "mass" are not in the released code, which has nothing detached and K = 20, D = 2048 built
-        in. A class whose map is zero everywhere gives zeros, and its first classifier no gradient.
+        in. A class whose map is zero everywhere gives zeros, and its first classifier no gradient. Where several pixels
+        share the maximum of a map, its gradient is parted among them; in the released code one of them has it all.
 
     Notes:
         ``cam_head`` has the keys of a plain `CAMHead`, whose weights it takes with ``load_state_dict``; the second
-        classifier starts from torch's default. The released optimiser gives it ten times the learning rate of the
-        rest. Compiles with ``fullgraph=True`` if ``labels`` are not given. Under DDP use what the forward pass returns,
-        the weights included.
+        classifier, stored as a 1 x 1 convolution in the released code, starts from torch's default. The released
+        optimiser gives it ten times the learning rate of the rest. Compiles with ``fullgraph=True`` if ``labels`` are
+        not given. Under DDP use what the forward pass returns, the weights included.
 
     Example:
         >>> head = ReCAMHead(16, num_classes=20)
@@ -162,7 +163,7 @@ class ReCAMHead(nn.Module):
             raise ValueError(f'pool: expected "mean" or "mass", got {pool!r}')
         self.detach_cam, self.pool, self.eps = detach_cam, pool, eps
         self.cam_head = CAMHead(in_channels, num_classes)
-        self.recam_classifier = nn.Conv2d(in_channels, num_classes, 1, bias=False)
+        self.recam_classifier = nn.Linear(in_channels, num_classes, bias=False)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> ReCAMOutput:
         """Classify, map and pool, see the class. With ``labels`` only the present classes are pooled."""
@@ -173,7 +174,7 @@ class ReCAMHead(nn.Module):
             pooled = class_masked_pooling(features, masks, pool=self.pool, eps=self.eps)
         else:
             pooled = pool_present_classes(features, masks, labels, pool=self.pool, eps=self.eps).features
-        return ReCAMOutput(logits, cam, pooled, self.recam_classifier.weight.flatten(1))
+        return ReCAMOutput(logits, cam, pooled, self.recam_classifier.weight)
 
     def reactivated_cam(self, features: Tensor, *, mode: Mode = "product", clamp_negative: bool = False) -> Tensor:
         """Maps (B, K, H, W) by the weights of both classifiers, see `wsss_modules.reactivated_cam`."""

@@ -8,13 +8,11 @@ from tests.golden.case import Case, Within, adapter
 
 
 def head_of(case: Case) -> modules.ReCAMHead:
-    """The head with the stored classifiers; where there is no second one, that of the first takes its place."""
+    """The head with the stored first classifier."""
     classes, channels = case.params["param.classifier.weight"].shape[:2]
     head = modules.ReCAMHead(channels, classes, eps=case.call.get("eps", 1e-5))
-    case.load(head.cam_head, lambda name: name if name.startswith("classifier") else None)
-    if "param.recam_classifier.weight" in case.params:
-        case.load(head.recam_classifier, lambda name: "weight" if name == "recam_classifier.weight" else None)
-    return head.to(case.params["param.classifier.weight"].dtype)
+    case.load(head.cam_head, lambda name: name if name == "classifier.weight" else None)
+    return head
 
 
 @adapter("recam/class_feature_pooling")
@@ -35,9 +33,8 @@ def sce_loss(case: Case) -> dict[str, object]:
 @adapter("recam/recam_objective")
 def recam_objective(case: Case) -> dict[str, Tensor]:
     out, labels = head_of(case)(case.leaf("in.feature")), case.inputs["in.label"]
-    terms = losses.recam_loss(
-        out.logits, out.class_features, labels, out.recam_weight, sce_weight=case.call["recam_loss_weight"]
-    )
+    weight, sce_weight = case.leaf("param.recam_classifier.weight"), case.call["recam_loss_weight"]
+    terms = losses.recam_loss(out.logits, out.class_features, labels, weight, sce_weight=sce_weight)
     values = {"out.loss": terms.total, "out.loss_cls": terms.multi_label, "out.loss_ce": terms.reactivation}
     return {**{name: value[None] for name, value in values.items()}, **case.grads(terms.total)}
 
