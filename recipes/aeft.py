@@ -175,47 +175,34 @@ def negatives_of(run: Run, labels: Tensor) -> DisjointNegatives:
     return DisjointNegatives(*(column[first : first + len(labels)] for column in sampled))
 
 
-def crops(run: Run, config: Config, trunk: Trunk) -> TaggedCrops:
-    options, resize = config.gpp, RandomLongSide(*config.gpp.long_side)
+def train(run: Run, model: PyramidClassifier, config: Config, stage: str) -> None:
+    """Train without triplets (stage ``gpp``) or with them."""
+    plain = stage == "gpp"
+    schedule, several = (config.gpp if plain else config.triplet).schedule, run.fabric.world_size
+    classified = max(1, config.gpp.schedule.batch_size // several)
+
+    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor | Terms:
+        images, labels = batch["image"], batch["labels"]
+        if plain:
+            return F.binary_cross_entropy_with_logits(model(images).logits, labels)
+        out = model(images, labels)
+        return triplet_loss(out, labels, negatives_of(run, labels), config.triplet, classified, sync=several > 1)
+
+    options, trunk = config.gpp, model.trunk
+    resize = RandomLongSide(*options.long_side)
     if config.strong_jitter:
         jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
         resize = v2.Compose([resize, jitter, v2.RandomGrayscale(0.02)])
     transform = crop_transform(resize, options.crop, trunk.mean, trunk.std, jitter=options.jitter)
-    return TaggedCrops(run.dataset, run.train, transform)
-
-
-def make_model(run: Run, config: Config) -> PyramidClassifier:
-    erase = SoftErase(config.triplet.erase, detach_mask=config.triplet.detach_mask)
-    return PyramidClassifier(classifier_trunk(run, config.gpp), len(run.dataset.classes), erase)
-
-
-def train_classifier(run: Run, model: PyramidClassifier, config: Config) -> None:
-    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
-        return F.binary_cross_entropy_with_logits(model(batch["image"]).logits, batch["labels"])
-
-    schedule = config.gpp.schedule
-    groups = two_speed_groups(model, [model.head, model.pooling], schedule, double_biases=config.gpp.double_biases)
-    fit(run, "gpp", model, crops(run, config, model.trunk), loss_of, groups, schedule)
-
-
-def train_triplets(run: Run, model: PyramidClassifier, config: Config) -> None:
-    schedule, several = config.triplet.schedule, run.fabric.world_size
-    classified = config.gpp.schedule.batch_size // several
-
-    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Terms:
-        labels = batch["labels"]
-        out = model(batch["image"], labels)
-        return triplet_loss(out, labels, negatives_of(run, labels), config.triplet, classified, sync=several > 1)
-
-    groups = two_speed_groups(model, [model.head, model.pooling], schedule, double_biases=config.gpp.double_biases)
-    fit(run, "triplet", model, crops(run, config, model.trunk), loss_of, groups, schedule)
+    groups = two_speed_groups(model, [model.head, model.pooling], schedule, double_biases=options.double_biases)
+    fit(run, stage, model, TaggedCrops(run.dataset, run.train, transform), loss_of, groups, schedule)
 
 
 PRESETS = {
     "demo": Config(),
     # 18 of the 40 published epochs are without triplets; here 3 of 6. One poly schedule runs through both parts: the
     # first ends at .54 of its rate, and power .3 gives it the same mean; the second is the rest of it. The rates are a
-    # quarter of the plain classifier's: the score is a product of two maps, and did not begin to learn at the full ones.
+    # quarter of the plain classifier's: the score is a product of two maps, and at the full ones it learnt nothing.
     "small": Config(
         gpp=replace(CLASSIFY["small"], schedule=Schedule(epochs=3, batch_size=16, lr=0.005, head_lr=0.05, power=0.3)),
         triplet=TripletConfig(schedule=Schedule(epochs=3, batch_size=16, lr=0.0027, head_lr=0.027)),
@@ -266,11 +253,12 @@ def main(config: Config) -> dict:
     run = start("aeft", config, takes=())
 
     with run.stage("gpp", "Classifier with gated pyramid pooling"):
-        model = make_model(run, config)
-        train_classifier(run, model, config)
+        erase = SoftErase(config.triplet.erase, detach_mask=config.triplet.detach_mask)
+        model = PyramidClassifier(classifier_trunk(run, config.gpp), len(run.dataset.classes), erase)
+        train(run, model, config, "gpp")
 
     with run.stage("triplet", "Triplets of images, erased images and negatives"):
-        train_triplets(run, model, config)
+        train(run, model, config, "triplet")
 
     with run.stage("cams", "Class activation maps"):
         write_cams(run, model, run.train + run.val, config.cams, signed=True)
