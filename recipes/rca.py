@@ -1,0 +1,340 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["wsss[recipes,weights]"]
+# ///
+"""RCA: Regional Semantic Contrast and Aggregation for WSSS (Zhou, Zhang, Zhao, Li, CVPR 2022, arXiv:2203.09653).
+
+A memory of region embeddings of the whole data set shapes the features twice: regions are contrasted with it, and
+pixels read its prototypes. The attention of all epochs is accumulated, and joined with saliency to masks.
+
+    python -m recipes run rca                                       # built-in demo data, two CPU cores
+    python -m recipes run rca --preset small --data voc:PATH --saliency RUN_OF_C2AM
+    python -m recipes run rca --preset paper --data voc:PATH --saliency FOLDER
+    python -m recipes run rca --data folder:PHOTOS --labels tags.csv --saliency none
+
+This is supervision by image tags *and* saliency maps: compare it with systems that use both. The maps come from
+``--saliency``, or from the data set; with ``none`` the masks are the attention maps above ``--threshold``.
+
+``paper`` trains as published but for the learning rate, which follows the poly schedule of all recipes here instead of
+falling to a tenth at epochs 5 and 10 of 30, without Nesterov's momentum; and images are shuffled.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from recipes.cli import run_recipe
+from recipes.pipeline.cams import read_cam
+from recipes.pipeline.labels import measure_cams, measure_masks, refine_masks, threshold_mask, write_masks
+from recipes.pipeline.models import Trunk, build_trunk, freeze_stages
+from recipes.pipeline.presets import SEGMENT
+from recipes.pipeline.report import finish
+from recipes.pipeline.run import Run, RunConfig, save_arrays, start
+from recipes.pipeline.saliency import saliency_source
+from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.training import Moment, Schedule, TaggedCrops, fit, two_speed_groups
+from recipes.pipeline.views import image_tensor, view
+from wsss_losses import RegionalContrastLoss
+from wsss_modules import (
+    PSA_CRF,
+    OnlineAttentionAccumulator,
+    RegionMemoryBank,
+    SemanticAggregation,
+    background_score,
+    dense_crf,
+    fuse_saliency_labels,
+    kmeans_prototypes,
+    multi_scale_cam,
+    unary_from_scores,
+)
+
+
+@dataclass(frozen=True)
+class RCAConfig:
+    """The network with its memory, and its training."""
+
+    backbone: str = "tf_efficientnet_lite0"
+    """timm name; vgg16 is dilated to 8 pixels per cell."""
+    weights: str = "imagenet"
+    """imagenet, random or a file."""
+    output_stride: int = 16
+    """Pixels per cell of the last map (vgg16: always 8)."""
+    frozen_stages: int = 3
+    """Stem and stages that keep their pretrained weights."""
+    channels: int = 128
+    """D, channels of features, embeddings and heads; another number than the backbone's is reached by a projection."""
+    slots: int = 50
+    """Slots a class of the memory: about as many as the median class has images, which are 500 on VOC."""
+    prototypes: int = 10
+    """Prototypes a class that pixels read."""
+    read_out: str = "softmax"
+    """How pixels read prototypes: released (a sum that grows with the cube of the features), mean or softmax."""
+    legacy_memory: bool = False
+    """Start the memory from noise and pool over intersections, as the released code does."""
+    size: int = 128
+    """Images are resized to a square of this side: no crop and no mirror, because cells are accumulated."""
+    contrast: float = 0.08
+    """Weight of the contrast as mean over images; released: 0.01 of the sum over a batch of 8."""
+    read_from: int = 1
+    """First epoch, from 0, that has prototypes in the memory and accumulates attention."""
+    contrast_from: int = 1
+    """First epoch with contrast; published: 2 of 30."""
+    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=5, batch_size=16, lr=0.005, head_lr=0.05))
+    """Training schedule; ``head_lr`` is that of projection, embedding and both heads."""
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of a run."""
+
+    saliency: str | None = None
+    """Saliency maps: a run of c2am or a folder; by default those of the data set; none for masks without."""
+    rca: RCAConfig = field(default_factory=RCAConfig)
+    threshold: float = 0.25
+    """Background score at which the attention maps are measured, and of masks without saliency."""
+    alpha: float = 4.0
+    """Exponent of the background score that enters the CRF."""
+    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
+
+
+class RCAOutput(NamedTuple):
+    """``logits`` and ``cam`` of the fine head, ``coarse`` maps; maps are signed. ``features`` is what memory stores."""
+
+    logits: Tensor
+    cam: Tensor
+    coarse: Tensor
+    features: Tensor
+    embedding: Tensor
+
+
+class RCA(nn.Module):
+    """Coarse class maps of the features, fine ones of the features that have read the prototypes.
+
+    Memory, prototypes and accumulated attention are buffers, so that a checkpoint holds all that training has gathered.
+    """
+
+    def __init__(self, trunk: Trunk, config: RCAConfig, labels: Tensor) -> None:
+        super().__init__()
+        num_classes, channels = labels.shape[1], config.channels
+        self.trunk = trunk
+        self.project: nn.Module = nn.Identity()
+        if trunk.out_channels != channels:
+            self.project = nn.Sequential(nn.Conv2d(trunk.out_channels, channels, 1), nn.ReLU())
+        self.embed = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        softmax = config.read_out == "softmax"
+        scale = channels**-0.5 if softmax else config.read_out
+        self.aggregate = SemanticAggregation(channels, config.prototypes, scale=scale, softmax=softmax)
+        self.coarse = class_maps(channels, num_classes, stacks=1)
+        self.fine = class_maps(channels, num_classes, stacks=num_classes)
+        legacy = config.legacy_memory
+        self.memory = RegionMemoryBank(
+            num_classes, config.slots, channels, legacy_init=legacy, legacy_intersection=legacy
+        )
+        nothing = torch.zeros(num_classes, config.prototypes, channels)
+        self.register_buffer("prototypes", torch.randn_like(nothing) if legacy else nothing)
+        cells = -(-config.size // trunk.output_stride)
+        self.attention = OnlineAttentionAccumulator(labels, (cells, cells))
+
+    def forward(self, images: Tensor) -> RCAOutput:
+        features = self.project(self.trunk(images).final)
+        fine = self.fine(self.aggregate(features, self.prototypes))
+        return RCAOutput(fine.mean((2, 3)), fine, self.coarse(features), features, self.embed(features))
+
+    def renew_prototypes(self) -> None:
+        slots, filled = self.memory.slots, self.memory.filled
+        self.prototypes.copy_(kmeans_prototypes(slots, self.prototypes.shape[1], filled))
+
+
+def class_maps(channels: int, num_classes: int, stacks: int) -> nn.Sequential:
+    """Three 3 x 3 layers and a 1 x 1; ``stacks`` = K gives each class layers of its own (grouped)."""
+    width = channels * stacks
+    layers: list[nn.Module] = []
+    for channels_in, groups in ((channels, 1), (width, stacks), (width, stacks)):
+        layer = nn.Conv2d(channels_in, width, 3, padding=1, groups=groups)
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # nothing is pretrained here, and epochs are few
+        layers += [layer, nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Conv2d(width, num_classes, 1, groups=stacks))
+
+
+def rca_trunk(config: RCAConfig) -> Trunk:
+    """The backbone; VGG-16 without its last two reductions, at 8 pixels per cell."""
+    stride = 32 if config.backbone == "vgg16" else config.output_stride
+    trunk = build_trunk(config.backbone, config.weights, stride)
+    if config.backbone == "vgg16":
+        layers = trunk.body.features
+        layers[23], layers[30] = nn.MaxPool2d(3, stride=1, padding=1), nn.Identity()
+        for convolution in (layers[24], layers[26], layers[28]):
+            convolution.dilation, convolution.padding = (2, 2), (2, 2)
+        trunk = Trunk(trunk.body, trunk.name, 8, trunk.mean, trunk.std)
+    if config.frozen_stages:
+        freeze_stages(trunk.body, config.frozen_stages)
+    return trunk
+
+
+class RCATerms(NamedTuple):
+    total: Tensor
+    fine: Tensor
+    coarse: Tensor
+    contrast: Tensor
+
+
+def train_rca(run: Run, config: RCAConfig) -> RCA:
+    """Two multi-label losses and the contrast; the memory fills from the start, prototypes are renewed every epoch."""
+    if run.config.max_steps is not None:
+        config = replace(config, weights="random")
+    labels = torch.from_numpy(np.stack([run.dataset.labels(name) for name in run.train]))
+    net = RCA(rca_trunk(config), config, labels)
+    squares = v2.Compose(
+        [
+            v2.Resize((config.size, config.size), v2.InterpolationMode.BICUBIC),
+            v2.ColorJitter(0.3, 0.3, 0.3, 0.1),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(net.trunk.mean), list(net.trunk.std)),
+        ]
+    )
+    images = TaggedCrops(run.dataset, run.train, squares)
+    per_epoch = max(1, len(images) // config.schedule.batch_size)
+    contrast_of, sync = RegionalContrastLoss(reduction="mean"), run.fabric.world_size > 1
+
+    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> RCATerms:
+        labels = batch["labels"]
+        if at.epoch >= config.read_from and at.step % per_epoch == 0:
+            net.renew_prototypes()
+        out = model(batch["image"])
+        fine = F.multilabel_soft_margin_loss(out.logits, labels)
+        coarse = F.multilabel_soft_margin_loss(out.coarse.mean((2, 3)), labels)
+        contrast = contrast_of(out.embedding, out.coarse, labels, net.memory.slots, net.memory.filled)
+        weight = config.contrast if at.epoch >= config.contrast_from else 0.0
+        probability, last = out.logits.sigmoid(), at.step + per_epoch >= at.steps
+        net.memory.update(out.features, out.coarse, labels, probability, sync=sync)
+        if at.epoch >= config.read_from or last:
+            net.attention.update(batch["index"], out.cam, probability, last=last, sync=sync)
+        return RCATerms(fine + 0.4 * coarse + weight * contrast, fine, coarse, contrast)
+
+    groups = two_speed_groups(net, [net.project, net.embed, net.coarse, net.fine], config.schedule, double_biases=True)
+    fit(run, "rca", net, images, loss_of, groups, config.schedule)
+    return net
+
+
+def write_attention(run: Run, net: RCA, size: int) -> None:
+    """``cam/IMAGE.npz``: the accumulated maps of training images; val images have those of the trained network."""
+    place = {name: index for index, name in enumerate(run.train)}
+    device = run.fabric.device
+    net.to(device, memory_format=torch.channels_last).eval()
+
+    @torch.no_grad()
+    def work(name: str) -> None:
+        image = image_tensor(run.dataset.image(name))
+        if name in place:
+            maps = net.attention(torch.tensor([place[name]], device=device))
+        else:
+            square = view(image, (size, size), net.trunk.mean, net.trunk.std, flip=False)
+            maps = net(square.to(device)).cam.relu()
+        labels = torch.from_numpy(run.dataset.labels(name)).to(device)
+        # the map covers the image whatever its shape, so there is no margin to cut off
+        scaled = multi_scale_cam(
+            [maps], labels[None], tuple(image.shape[-2:]), stride=4, round_to=1, eps=1e-8, subtract_min=True
+        )
+        save_arrays(
+            run.path("cam", f"{name}.npz"),
+            keys=scaled.keys.cpu().numpy(),
+            cam=scaled.high_res.half().cpu().numpy(),
+            coarse=scaled.cam.half().cpu().numpy(),
+        )
+
+    run.for_each(run.train + run.val, lambda name: run.path("cam", f"{name}.npz"), work)
+
+
+def write_fused_masks(run: Run, saliency: Callable[[str], np.ndarray], alpha: float) -> None:
+    """``mask_crf``: CRF scores of the attention maps joined with saliency; ``mask``: the same without the CRF."""
+
+    def mask_of(name: str, refine: bool) -> Tensor:
+        stored = read_cam(run, name)
+        cam = torch.from_numpy(stored.cam)[None]
+        scores = torch.cat([background_score(cam, alpha), cam], 1)
+        if refine:
+            scores = dense_crf(image_tensor(run.dataset.image(name))[None], unary_from_scores(scores), PSA_CRF)
+        salient = torch.from_numpy(saliency(name))[None, None]
+        return fuse_saliency_labels(scores, salient, keys=torch.from_numpy(stored.keys))[0]
+
+    write_masks(run, run.train, lambda name: mask_of(name, refine=False))
+    measure_masks(run)
+    write_masks(run, run.train, lambda name: mask_of(name, refine=True), "mask_crf")
+    measure_masks(run, "mask_crf", "mask+crf")
+
+
+PRESETS = {
+    "demo": Config(),
+    "small": Config(
+        rca=RCAConfig(
+            frozen_stages=4,
+            slots=200,
+            size=224,
+            # twice the demo's rate of the heads, which are three layers deep; the plain classifier's layer takes 0.2
+            schedule=Schedule(epochs=5, batch_size=16, lr=0.02, head_lr=0.1),
+        ),
+        segment=SEGMENT["small"],
+    ),
+    "paper": Config(
+        rca=RCAConfig(
+            backbone="vgg16",
+            output_stride=8,
+            frozen_stages=0,
+            channels=512,
+            slots=500,
+            read_out="released",
+            legacy_memory=True,
+            size=368,
+            contrast_from=2,
+            schedule=Schedule(epochs=30, batch_size=8, lr=0.001, head_lr=0.01, weight_decay=5e-4),
+        ),
+        segment=SEGMENT["paper"],
+    ),
+    "tiny": Config(
+        data="demo:tiny",
+        rca=RCAConfig(channels=32, slots=8, schedule=Schedule(epochs=2, batch_size=4, lr=0.005, head_lr=0.05)),
+        segment=SEGMENT["tiny"],
+    ),
+}
+
+
+def main(config: Config) -> dict:
+    run = start("rca", config, takes=())
+    saliency = None if config.saliency == "none" else saliency_source(run, config.saliency)
+
+    with run.stage("rca", "Network with a memory of regions"):
+        net = train_rca(run, config.rca)
+
+    with run.stage("cams", "Attention maps accumulated in training"):
+        write_attention(run, net, config.rca.size)
+        measure_cams(run, config.threshold)
+
+    with run.stage("masks", "Masks: attention and saliency, with a dense CRF"):
+        if saliency is None:
+            write_masks(run, run.train, lambda name: threshold_mask(run, name, config.threshold))
+            refine_masks(run, everywhere=True)
+        else:
+            write_fused_masks(run, saliency, config.alpha)
+
+    with run.stage("segment", "Segmentation network from the masks"):
+        segmentation_from_masks(run, "mask_crf", config.segment)
+
+    return finish(run)
+
+
+if __name__ == "__main__":
+    run_recipe(sys.modules[__name__])
