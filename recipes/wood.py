@@ -32,7 +32,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes import irn
@@ -40,14 +39,13 @@ from recipes.cli import run_recipe
 from recipes.pipeline.cams import CamConfig, write_cams
 from recipes.pipeline.classification import ClassifyConfig, tagged_crops, train_classifier
 from recipes.pipeline.labels import measure_cams
-from recipes.pipeline.models import Classifier, freeze_stages
-from recipes.pipeline.outside import PREFIX, CropsWithOutside, add_outside, find_outside
+from recipes.pipeline.models import Classifier, Trunk, freeze_stages
+from recipes.pipeline.outside import CropsWithOutside, add_outside, find_outside, pooled_features, rank_outside
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, replacing, save_arrays, start
+from recipes.pipeline.run import Run, RunConfig, start
 from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
-from recipes.pipeline.training import Moment, Schedule, fit, scaled_size, two_speed_groups
-from recipes.pipeline.views import image_tensor, view
+from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
 from wsss_losses import WOoDLoss
 from wsss_modules import FeatureCentreBank, centre_distances, gradient_climb
 
@@ -135,26 +133,8 @@ class Terms(NamedTuple):
     own_class: Tensor
 
 
-def pooled_features(
-    run: Run, trunk: nn.Module, names: tuple[str, ...], long_side: int | None = None, folder: str = "features"
-) -> Tensor:
-    """The features of whole images, (N, D), kept in ``folder/IMAGE.npz``."""
-    trunk.to(run.fabric.device, memory_format=torch.channels_last).eval()
-
-    @torch.no_grad()
-    def work(name: str) -> None:
-        image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
-        height, width = image.shape[-2:]
-        size = (height, width) if long_side is None else scaled_size(height, width, long_side / max(height, width))
-        pooled = trunk(view(image, size, trunk.mean, trunk.std, flip=False)).final.mean((2, 3))[0]
-        save_arrays(run.path(folder, f"{name}.npz"), features=pooled.cpu().numpy())
-
-    run.for_each(names, lambda name: run.path(folder, f"{name}.npz"), work)
-    return torch.from_numpy(np.stack([np.load(run.path(folder, f"{name}.npz"))["features"] for name in names]))
-
-
 def fit_centres(
-    run: Run, trunk: nn.Module, bank: FeatureCentreBank, outside: tuple[str, ...], config: WoodConfig, folder: str
+    run: Run, trunk: Trunk, bank: FeatureCentreBank, outside: tuple[str, ...], config: WoodConfig, folder: str
 ) -> None:
     """The mean feature of each class, and cluster centres of the images from outside."""
     features = pooled_features(run, trunk, run.train, folder=folder)
@@ -194,28 +174,10 @@ def fine_tune(run: Run, net: WOoDNet, crops: CropsWithOutside, outside: tuple[st
     fit(run, "wood", net, crops, loss_of, two_speed_groups(net, [net.head], config.schedule), config.schedule)
 
 
-def rank_candidates(run: Run, classifier: Classifier, names: tuple[str, ...], long_side: int | None) -> None:
-    """Write ``outside.txt``: candidates that the classifier takes for a class (above 0.5), the surest first."""
-    features = pooled_features(run, classifier.trunk, names, long_side)
-    weight = classifier.head.classifier.weight.detach().cpu().flatten(1)
-    surest, index = F.linear(features, weight).sigmoid().max(1)
-    order = [i for i in surest.argsort(descending=True, stable=True).tolist() if surest[i] > 0.5]
-    lines = [f"{names[i].removeprefix(PREFIX)}\t{surest[i]:.3f}\t{run.dataset.classes[int(index[i])]}\n" for i in order]
-    if run.fabric.global_rank == 0:
-        with replacing(run.path("outside.txt"), "w") as file:
-            file.writelines(lines)
-    said = f"{len(lines)} of {len(names)} candidates are taken for a class"
-    if lines:
-        advice = f"strike out of {run.path('outside.txt')} those that show one, then train with --outside-list"
-        run.console.print(f"  {said}; {advice}", highlight=False)
-    else:
-        run.console.print(f"  [yellow]{said}: there is nothing to learn from them; try others[/]", highlight=False)
-
-
 PRESETS = {
     "demo": Config(),
-    # As fast as the classifier learnt, as published. Two epochs, since a step costs about three passes over twice as
-    # many images. Confident areas and walk are IRN's, whose maps are plain CAMs as these are.
+    # As fast as the classifier learnt, as published. Two epochs, since a step takes twice as many images and the climb
+    # besides. Confident areas and walk are IRN's, whose maps are plain CAMs as these are.
     "small": Config(
         classify=CLASSIFY["small"],
         wood=WoodConfig(clusters=50, frozen_stages=4, schedule=replace(CLASSIFY["small"].schedule, epochs=2)),
@@ -224,7 +186,7 @@ PRESETS = {
         walk=irn.PRESETS["small"].walk,
         segment=SEGMENT["small"],
     ),
-    # The released code leaves bottles out, which the images from outside may show; IRN's settings are those for AdvCAM.
+    # Bottles are left out as in the released code. Its confident areas and walk are for AdvCAM's maps.
     "paper": Config(
         classify=CLASSIFY["paper"],
         wood=WoodConfig(
@@ -265,7 +227,7 @@ def main(config: Config) -> dict:
 
     if config.rank is not None:
         with run.stage("rank", "Candidates from outside"):
-            rank_candidates(run, classifier, outside, config.wood.long_side)
+            rank_outside(run, classifier, outside, config.wood.long_side)
         return finish(run)
 
     with run.stage("centres", "Centres of the classes and of the images from outside"):

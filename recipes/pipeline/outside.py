@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from recipes.pipeline.data.image_set import PHOTO_SUFFIXES, first_five
 from recipes.pipeline.data.voc import outside_images
-from recipes.pipeline.run import Run
-from recipes.pipeline.training import TaggedCrops
+from recipes.pipeline.models import Classifier, Trunk
+from recipes.pipeline.run import Run, replacing, save_arrays
+from recipes.pipeline.training import TaggedCrops, scaled_size
+from recipes.pipeline.views import image_tensor, view
 
 PREFIX = "ood__"  # of the names that outside_images gives, so that none is that of a training image
 
@@ -92,3 +96,51 @@ class CropsWithOutside(Dataset):
         name = self.outside[int(torch.randint(len(self.outside), ()))]
         image = self.crops.transform(tv_tensors.Image(self.crops.dataset.image(name)))
         return {**item, "outside": image.as_subclass(Tensor)}
+
+
+def pooled_features(
+    run: Run, trunk: Trunk, names: Sequence[str], long_side: int | None = None, folder: str = "features"
+) -> Tensor:
+    """(N, D) means of the last map of ``trunk`` over whole images, which are kept in ``folder/IMAGE.npz``.
+
+    Args:
+        run: gives the images.
+        trunk: put in eval mode.
+        names: the N images.
+        long_side: longer side of the images in pixels; their own by default.
+        folder: of the run; for other weights of ``trunk`` another one.
+    """
+    trunk.to(run.fabric.device, memory_format=torch.channels_last).eval()
+
+    @torch.no_grad()
+    def work(name: str) -> None:
+        image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
+        height, width = image.shape[-2:]
+        size = (height, width) if long_side is None else scaled_size(height, width, long_side / max(height, width))
+        pooled = trunk(view(image, size, trunk.mean, trunk.std, flip=False)).final.mean((2, 3))[0]
+        save_arrays(run.path(folder, f"{name}.npz"), features=pooled.cpu().numpy())
+
+    def read(name: str) -> np.ndarray:
+        with np.load(run.path(folder, f"{name}.npz")) as stored:
+            return stored["features"]
+
+    run.for_each(names, lambda name: run.path(folder, f"{name}.npz"), work)
+    return torch.from_numpy(np.stack([read(name) for name in names]))
+
+
+def rank_outside(run: Run, classifier: Classifier, names: Sequence[str], long_side: int | None = None) -> None:
+    """Write ``outside.txt``: candidates that the classifier takes for a class (above 0.5), the surest first."""
+    features = pooled_features(run, classifier.trunk, names, long_side)
+    weight = classifier.head.classifier.weight.detach().cpu().flatten(1)
+    surest, index = F.linear(features, weight).sigmoid().max(1)
+    order = [i for i in surest.argsort(descending=True, stable=True).tolist() if surest[i] > 0.5]
+    lines = [f"{names[i].removeprefix(PREFIX)}\t{surest[i]:.3f}\t{run.dataset.classes[int(index[i])]}\n" for i in order]
+    if run.fabric.global_rank == 0:
+        with replacing(run.path("outside.txt"), "w") as file:
+            file.writelines(lines)
+    said = f"{len(lines)} of {len(names)} candidates are taken for a class"
+    if lines:
+        advice = f"strike out of {run.path('outside.txt')} those that show one, then train with --outside-list"
+        run.console.print(f"  {said}; {advice}", highlight=False)
+    else:
+        run.console.print(f"  [yellow]{said}: there is nothing to learn from them; try others[/]", highlight=False)

