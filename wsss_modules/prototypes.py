@@ -91,7 +91,7 @@ def kmeans(
 
     Differences:
         A cluster that loses all samples keeps its centre; the released code divides 0 by 0 there, and the centre stays
-        NaN. So do duplicates and more clusters than samples give finite centres.
+        NaN. Duplicates and more clusters than samples give finite centres too.
 
     Notes:
         One product of samples and centres and one of labels and samples a round, over as many samples at a time as keep
@@ -445,7 +445,8 @@ def _spread(samples: Tensor, keep: Tensor, k: int, spherical: bool, generator: t
     weight, chosen = anything, []
     nearest = torch.full_like(anything, torch.inf)
     for _ in range(k):
-        chosen.append(torch.multinomial(weight, 1, generator=generator))  # (G, 1)
+        race = torch.empty_like(weight).exponential_(generator=generator).clamp(min=torch.finfo(weight.dtype).tiny)
+        chosen.append((weight / race).argmax(1, keepdim=True))  # multinomial, which would wait for the device; (G, 1)
         nearest = torch.minimum(nearest, (points - _take(points, chosen[-1])).square().sum(-1))
         weight = torch.where(keep, nearest, 0)
         weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, anything)  # all samples are centres already

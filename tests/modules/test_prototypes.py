@@ -136,6 +136,18 @@ def test_kmeans_plus_plus_never_draws_a_sample_twice_and_follows_its_generator()
     assert not torch.equal(draw(3), draw(4))
 
 
+def test_kmeans_plus_plus_draws_by_squared_distance() -> None:
+    sets = 20_000
+    samples, keep = torch.tensor([[0.0], [1.0], [3.0]]).repeat(sets, 1, 1), torch.ones(sets, 3, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    first, second = prototypes._spread(samples, keep, 2, False, generator)[:, :, 0].unbind(1)
+    for start in (0, 1, 3):
+        assert ((first == start).double().mean() - 1 / 3).abs() < 0.015  # 4.5 standard deviations
+    after_zero = second[first == 0]
+    assert ((after_zero == 3).double().mean() - 9 / 10).abs() < 0.015
+    assert not (after_zero == 0).any()
+
+
 def test_kmeans_plus_plus_leaves_invalid_samples_alone() -> None:
     x, valid = blobs(12).view(2, 6, 5), torch.tensor([[True] * 2 + [False] * 4, [False] * 6])
     for _ in range(5):
