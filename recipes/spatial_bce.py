@@ -1,0 +1,388 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["wsss[recipes,weights]"]
+# ///
+"""Spatial-BCE: Adaptive Spatial-BCE Loss for Weakly Supervised Semantic Segmentation (Wu et al., ECCV 2022).
+
+A classifier of pixels, trained on image tags and on a prior of how much of the image each class covers. It pushes the
+pixels of a class away from a threshold and learns to predict that threshold for each image and class, so that none has
+to be searched. The masks of a phase, refined by a CRF, give the priors of the next.
+
+    python -m recipes run spatial_bce                                   # built-in demo data, two CPU cores
+    python -m recipes run spatial_bce --preset paper --data voc:PATH --classify.weights FILE
+    python -m recipes run spatial_bce --preset paper --data voc:PATH --devices 4 ...
+
+The priors of the released first phase come from a file whose making is not documented; here they are those of a plain
+classifier's CAMs after the CRF. The released augmentation is RandAugment on the whole resized image; here it is what
+keeps the priors exact: mirror images and changes of colour. The published schedule, with a new head, takes 17,600 steps
+a phase. In the short phases of the other presets it ends with all pixels below all thresholds, so that they start from
+the plain classifier, head and all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from recipes import rw
+from recipes.cli import run_recipe
+from recipes.pipeline.cams import CamConfig
+from recipes.pipeline.classification import ClassifyConfig, train_classifier
+from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
+from recipes.pipeline.models import Classifier, Trunk, build_trunk, freeze_stages
+from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
+from recipes.pipeline.report import finish
+from recipes.pipeline.run import Run, RunConfig, save_arrays, start
+from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.training import Moment, Schedule, TaggedCrops, fit, scaled_size, two_speed_groups
+from recipes.pipeline.views import image_tensor, view
+from wsss_losses import ForegroundRatioKLLoss, SpatialBCELoss, SpatialBCEThresholdLoss
+from wsss_modules import (
+    IRN_CRF,
+    AdaptiveCam,
+    AlternatingSchedule,
+    SpatialBCEHead,
+    SpatialBCEOutput,
+    adaptive_cam_threshold,
+    cam_to_mask,
+    dense_crf,
+    merge_flip,
+    multi_scale_cam,
+    rank_threshold,
+    unary_from_mask,
+)
+
+
+@dataclass(frozen=True)
+class SpatialConfig:
+    """The classifier of pixels, on the backbone of the plain one, and its training in phases."""
+
+    from_classifier: bool = True
+    """Start the first phase as the plain classifier, instead of a new head on the weights that it started from."""
+    output_stride: int = 16
+    """Pixels per cell of the last map."""
+    frozen_stages: int = 3
+    """Stem and stages that keep their weights."""
+    mid_channels: int = 128
+    """Channels of the head between its two layers."""
+    size: int = 256
+    """Side in pixels of the squares that whole images are resized to."""
+    phases: int = 2
+    """Trainings, each with the priors that the one before has led to."""
+    cycle: int = 20
+    """Steps of a cycle: first the network's, then the threshold's."""
+    network_steps: int = 16
+    """How many steps of a cycle train the network."""
+    prior_scale: float = 2.0
+    """Size of the images whose masks give the priors; 1 is their own."""
+    prior_views: tuple[float, ...] = (1.0,)
+    """Sizes, relative to that, whose maps are averaged for these masks, each with its mirror image."""
+    least_prior: float = 0.01
+    """Least prior of a tagged class: one that the masks have lost would be taught to be nowhere."""
+    released_maps: bool = False
+    """Read maps without the temperature and divided by their maximum, not as the probabilities that were trained."""
+    schedule: Schedule = field(
+        default_factory=lambda: Schedule(epochs=3, batch_size=16, lr=1e-4, head_lr=1e-3, weight_decay=5e-4)
+    )
+    """Training schedule of a phase."""
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of a run."""
+
+    classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
+    cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
+    threshold: float = 0.25
+    """Background score of the plain CAMs for the first priors, and of the final maps where it is not the learnt one."""
+    spatial: SpatialConfig = field(default_factory=SpatialConfig)
+    mask_crf: bool = True
+    """Train the segmentation on CRF-refined masks."""
+    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
+
+
+class SpatialNet(nn.Module):
+    """Images to scores of pixels and to thresholds."""
+
+    def __init__(self, trunk: Trunk, num_classes: int, config: SpatialConfig) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = SpatialBCEHead(trunk.out_channels, num_classes, config.mid_channels)
+
+    def forward(self, images: Tensor) -> SpatialBCEOutput:
+        return self.head(self.trunk(images).final)
+
+
+class Terms(NamedTuple):
+    """The loss of a step: that of the network or of the threshold, and the divergence from the prior."""
+
+    total: Tensor
+    spatial: Tensor
+    kl: Tensor
+
+
+def foreground_ratio(mask: np.ndarray, num_classes: int) -> np.ndarray:
+    """Share of the pixels of a mask (H, W) that each of the classes 1..K covers: (K,) float64."""
+    return np.bincount(mask.ravel(), minlength=256)[1 : 1 + num_classes] / mask.size
+
+
+def write_ratios(run: Run, model: Classifier | SpatialNet, config: Config, folder: str) -> None:
+    """Foreground ratios of each training image, from the model's mask after a CRF."""
+    mask_of = adaptive_mask
+    if isinstance(model, Classifier):
+        mask_of, model.trunk = plain_mask, model.trunk.with_output_stride(config.cams.output_stride)
+    model.to(run.fabric.device, memory_format=torch.channels_last).eval()
+
+    @torch.no_grad()
+    def work(name: str) -> None:
+        picture = run.dataset.image(name)
+        height, width = scaled_size(picture.height, picture.width, config.spatial.prior_scale)
+        image = image_tensor(picture.resize((width, height), Image.Resampling.BICUBIC)).to(run.fabric.device)
+        labels = torch.from_numpy(run.dataset.labels(name)).to(image.device)
+        present, compact = mask_of(model, image, labels, config).unique(return_inverse=True)
+        refined = dense_crf(image[None], unary_from_mask(compact[None], len(present)), IRN_CRF)[0].argmax(0)
+        ratio = foreground_ratio(present[refined].cpu().numpy(), len(run.dataset.classes))
+        save_arrays(run.path(folder, f"{name}.npz"), ratio=ratio)
+
+    run.for_each(run.train, lambda name: run.path(folder, f"{name}.npz"), work)
+
+
+def read_ratios(run: Run, folder: str, config: Config) -> Tensor:
+    """Priors of the training images, 0 for absent classes: (images, K)."""
+    found = []
+    for name in run.train:
+        with np.load(run.path(folder, f"{name}.npz")) as stored:
+            ratio = np.maximum(stored["ratio"], config.spatial.least_prior)
+        found.append(np.where(run.dataset.labels(name) > 0, ratio, 0))
+    return torch.from_numpy(np.stack(found)).float()
+
+
+def sizes_of(image: Tensor, scales: Sequence[float]) -> list[tuple[int, int]]:
+    height, width = image.shape[-2:]
+    return [scaled_size(height, width, scale) for scale in scales]
+
+
+def plain_mask(classifier: Classifier, image: Tensor, labels: Tensor, config: Config) -> Tensor:
+    """Mask (H, W) of the plain classifier's CAMs."""
+    maps, trunk = [], classifier.trunk
+    for size in sizes_of(image, config.spatial.prior_views):
+        plain, mirrored = classifier(view(image, size, trunk.mean, trunk.std)).cam
+        maps.append(merge_flip(plain, mirrored)[None])
+    merged = multi_scale_cam(maps, labels[None], tuple(image.shape[-2:]))
+    return cam_to_mask(merged.cam[None], config.threshold, keys=merged.keys)[0]
+
+
+def adaptive_mask(net: SpatialNet, image: Tensor, labels: Tensor, config: Config) -> Tensor:
+    """Mask (H, W) of the network's maps at the thresholds that it predicts."""
+    keys = labels.nonzero()[:, 0] + 1
+    out = adaptive_cam(net, image, keys, sizes_of(image, config.spatial.prior_views), config.spatial.released_maps)
+    return cam_to_mask(out.scores, 0.0, keys=keys)[0]
+
+
+def adaptive_cam(
+    net: SpatialNet, image: Tensor, keys: Tensor, sizes: Sequence[tuple[int, int]], released: bool
+) -> AdaptiveCam:
+    """Maps and thresholds of the classes ``keys`` (k,) 1..K: means over ``sizes`` and mirror images."""
+    maps, levels = [], []
+    for size in sizes:
+        out = net(view(image, size, net.trunk.mean, net.trunk.std))
+        plain, mirrored = (out.cam if released else out.logits)[:, keys - 1]
+        merged = merge_flip(plain, mirrored, reduce="mean")[:, None]  # (k, 1, h, w)
+        maps.append(F.interpolate(merged, image.shape[-2:], mode="bilinear", align_corners=False))
+        levels.append(out.threshold_logits[:, keys - 1].mean((0, 2, 3)))
+    cam, threshold = torch.stack(maps).mean(0)[:, 0], torch.stack(levels).mean(0).sigmoid()
+    temperature = net.head.temperature[keys - 1] * float(released)
+    every = torch.ones_like(threshold)
+    return adaptive_cam_threshold(cam[None], every[None], threshold[None], temperature, normalize=released)
+
+
+def build_net(run: Run, config: Config, before: Classifier | SpatialNet) -> SpatialNet:
+    """The network of a phase, with the weights of the one before; that of the first phase, see ``from_classifier``."""
+    options, is_first = config.spatial, isinstance(before, Classifier)
+    new = is_first and not options.from_classifier and config.max_steps is None
+    weights = config.classify.weights if new else "random"
+    net = SpatialNet(
+        build_trunk(config.classify.backbone, weights, options.output_stride), len(run.dataset.classes), options
+    )
+    if not is_first:
+        net.load_state_dict(before.state_dict())
+    elif not new:
+        net.trunk.body.load_state_dict(before.trunk.body.state_dict())
+        start_as_classifier(net.head, before.head.classifier.weight)
+    freeze_stages(net.trunk.body, options.frozen_stages)
+    return net
+
+
+@torch.no_grad()
+def start_as_classifier(head: SpatialBCEHead, weight: Tensor) -> None:
+    """Let the scores of pixels be the plain classifier's maps before their ReLU: weight (K, D, 1, 1)."""
+    classes, middle = head.classifier.weight.shape[:2]
+    if middle < classes:
+        raise ValueError(f"spatial.mid_channels: expected at least the {classes} classes, got {middle}")
+    head.reduce.weight[:classes] = weight.to(head.reduce.weight.device) / head.temperature.exp().view(-1, 1, 1, 1)
+    head.classifier.weight.zero_()
+    head.classifier.weight[:, :classes, 0, 0] = torch.eye(classes)
+
+
+def train_phase(run: Run, stage: str, before: Classifier | SpatialNet, priors: Tensor, config: Config) -> SpatialNet:
+    """Steps of the network and of the threshold in turn, counted from 0 in each phase."""
+    options, sync, priors = config.spatial, run.fabric.world_size > 1, priors.to(run.fabric.device)
+    net = build_net(run, config, before)
+    alternation = AlternatingSchedule(options.cycle, options.network_steps)
+    network_loss, threshold_loss = SpatialBCELoss(), SpatialBCEThresholdLoss(sync=sync)
+    ratio_loss = ForegroundRatioKLLoss(sync=sync)
+
+    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Terms:
+        out, labels, prior = model(batch["image"]), batch["labels"], priors[batch["index"]]
+        kl = ratio_loss(out.logits, labels, prior)
+        if alternation.is_network_step(at.step):
+            threshold = rank_threshold(out.logits.sigmoid(), prior)
+            spatial = network_loss(out.logits, labels, threshold)
+            spatial = spatial + 0 * out.threshold_logits.mean()  # DDP wants to see all parameters in each step
+        else:
+            spatial = threshold_loss(out.threshold_logits, labels, out.logits)
+        return Terms(spatial + kl, spatial, kl)
+
+    crops = whole_images(run, net.trunk, options.size)
+    fit(run, stage, net, crops, loss_of, groups_of(net, options.schedule), options.schedule)
+    return net
+
+
+def whole_images(run: Run, trunk: Trunk, size: int) -> TaggedCrops:
+    """Whole images as squares; what is random about them leaves the share of each class as it is."""
+    transform = v2.Compose(
+        [
+            v2.Resize((size, size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(0.3, 0.3, 0.3, 0.1),
+            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+            v2.Normalize(list(trunk.mean), list(trunk.std)),
+        ]
+    )
+    return TaggedCrops(run.dataset, run.train, transform)
+
+
+def groups_of(net: SpatialNet, schedule: Schedule) -> list[dict[str, Any]]:
+    """Two speeds; the temperature is as fast as the head, and without weight decay."""
+    temperature = net.head.temperature
+    groups = two_speed_groups(net, [net.head], schedule)
+    rest = [{**group, "params": [p for p in group["params"] if p is not temperature]} for group in groups]
+    return [*rest, {"params": [temperature], "lr": schedule.head_lr, "weight_decay": 0.0}]
+
+
+def write_adaptive_cams(run: Run, net: SpatialNet, names: Sequence[str], config: Config) -> None:
+    """``cam/IMAGE.npz`` as :func:`write_cams` makes it, and in it ``threshold`` (k,), the learnt ones."""
+    net.to(run.fabric.device, memory_format=torch.channels_last).eval()
+
+    @torch.no_grad()
+    def work(name: str) -> None:
+        image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
+        keys = torch.from_numpy(run.dataset.labels(name)).to(image.device).nonzero()[:, 0] + 1
+        height, width = image.shape[-2:]
+        base = 1.0 if config.cams.long_side is None else config.cams.long_side / max(height, width)
+        sizes = sizes_of(image, [base * scale for scale in config.cams.scales])
+        out = adaptive_cam(net, image, keys, sizes, config.spatial.released_maps)
+        coarse = F.interpolate(out.cam[0][:, None], (-(-height // 4), -(-width // 4)), mode="bilinear")[:, 0]
+        save_arrays(
+            run.path("cam", f"{name}.npz"),
+            keys=keys.cpu().numpy(),
+            cam=out.cam[0].half().cpu().numpy(),
+            coarse=coarse.half().cpu().numpy(),
+            threshold=out.threshold[0].cpu().numpy(),
+        )
+
+    run.for_each(names, lambda name: run.path("cam", f"{name}.npz"), work)
+
+
+def learnt_mask(run: Run, name: str) -> Tensor:
+    """The map of an image as a mask, at the thresholds that the network predicts for it."""
+    with np.load(run.path("cam", f"{name}.npz")) as stored:
+        above = torch.from_numpy(stored["cam"].astype(np.float32) - stored["threshold"][:, None, None])
+        return cam_to_mask(above[None], 0.0, keys=torch.from_numpy(stored["keys"]))[0]
+
+
+# A tenth of the published learning rates: with 6 classes in place of 20 the mean over classes weighs each of them three
+# times as much, and a phase starts near its end. Cycles are shorter, for the threshold to have several turns in it.
+PRESETS = {
+    "demo": Config(),
+    "small": Config(
+        classify=CLASSIFY["small"],
+        cams=replace(CAMS["small"], scales=(0.5, 0.75, 1.0)),  # the squares are half as large as the photographs
+        spatial=SpatialConfig(frozen_stages=4, size=224, prior_scale=0.75),
+        segment=SEGMENT["small"],
+    ),
+    "paper": Config(
+        classify=rw.PRESETS["paper"].classify,
+        cams=CAMS["paper"],
+        threshold=0.2,
+        spatial=SpatialConfig(
+            from_classifier=False,
+            output_stride=8,
+            frozen_stages=2,
+            size=369,
+            phases=3,
+            cycle=100,
+            network_steps=80,
+            prior_scale=1.0,
+            prior_views=CAMS["paper"].scales,
+            least_prior=0.0,
+            released_maps=True,
+            schedule=Schedule(epochs=20, batch_size=12, lr=0.001, head_lr=0.01, weight_decay=5e-4),
+        ),
+        segment=SEGMENT["paper"],
+    ),
+    "tiny": Config(
+        data="demo:tiny",
+        classify=CLASSIFY["tiny"],
+        cams=CAMS["tiny"],
+        spatial=SpatialConfig(
+            size=64,
+            cycle=4,
+            network_steps=2,
+            prior_scale=1.0,
+            schedule=Schedule(epochs=1, batch_size=4, lr=1e-4, head_lr=1e-3, weight_decay=5e-4),
+        ),
+        segment=SEGMENT["tiny"],
+    ),
+}
+
+
+def main(config: Config) -> dict:
+    run = start("spatial_bce", config, takes=("classify",))
+
+    with run.stage("classify", "Classifier from tags"):
+        model: Classifier | SpatialNet = train_classifier(run, config.classify)
+
+    for phase in range(1, 1 + config.spatial.phases):
+        with run.stage(f"ratios{phase}", f"Phase {phase}: foreground ratios of the masks so far"):
+            write_ratios(run, model, config, f"ratios{phase}")
+
+        with run.stage(f"phase{phase}", f"Phase {phase}: network and thresholds in turn"):
+            model = train_phase(run, f"phase{phase}", model, read_ratios(run, f"ratios{phase}", config), config)
+
+    with run.stage("cams", "Maps and their thresholds"):
+        write_adaptive_cams(run, model, run.train + run.val, config)
+        measure_cams(run, config.threshold)
+
+    with run.stage("masks", "Masks: learnt thresholds, and a dense CRF"):
+        write_masks(run, run.train, lambda name: learnt_mask(run, name))
+        refine_masks(run, config.mask_crf)
+
+    with run.stage("segment", "Segmentation network from the masks"):
+        segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)
+
+    return finish(run)
+
+
+if __name__ == "__main__":
+    run_recipe(sys.modules[__name__])
