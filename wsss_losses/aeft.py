@@ -173,7 +173,7 @@ def erasing_repulsion_loss(
         margin: squared distance from which on an anchor is not hard.
         threshold: activation in [0, 1] from which on a cell of the anchor is left out.
         negative_threshold: the same for the negative; the released 1.0 leaves out the peak at most.
-        min_hard: fewest hard anchors for which there is a loss.
+        min_hard: fewest hard anchors for which there is a loss; a batch of fewer images never has one.
         eps: added to maxima and counts, and used by `wsss_modules.minmax_cam`.
         sync: compare with the images of all processes of a distributed run; ``negative_index`` then counts these in the
             order of the ranks.
@@ -216,11 +216,11 @@ def erasing_repulsion_loss(
     _check_triplets(gpp, cam, labels, negative_index, valid)
     present = labels > 0
     dtype = torch.promote_types(gpp.dtype, torch.float32)
-    shape = gpp.to(dtype)
-    shape = shape / (shape.abs().amax((2, 3), keepdim=True) + eps)
+    relative = gpp.to(dtype)
+    relative = relative / (relative.abs().amax((2, 3), keepdim=True) + eps)
     activation = minmax_cam(cam.detach().to(torch.promote_types(cam.dtype, torch.float32)), eps)
-    anchor = _mean_below(shape, activation, threshold, present, eps)  # (B, K)
-    negative = _mean_below(shape, activation, negative_threshold, present, eps)
+    anchor = _mean_below(relative, activation, threshold, present, eps)  # (B, K)
+    negative = _mean_below(relative, activation, negative_threshold, present, eps)
 
     tagged = present.any(1)
     chosen = negative_index.to(torch.int64)

@@ -28,7 +28,8 @@ class SignPreservingGate(nn.Module):
 
     with x the coarse map, y the fine one, r = ReLU, and 3 x 3 convolutions w of 2K channels to two, without bias.
 
-    Why the sigmoid of a 3 x 3 convolution? What the arithmetic settles:
+    Why the sigmoid of a 3 x 3 convolution? These reasons follow from the arithmetic; they were not compared with the
+    paper's own:
 
     * A coarse level knows what is in a region, a fine one where; which of them is right differs from place to place. A
       gate is therefore computed at each pixel, from both maps, and not learnt as one number per level.
@@ -110,8 +111,11 @@ class GatedPyramidPooling(nn.Module):
         gpp = g_3(g_2(g_1(P_2, P_4), P_8), P_{16}), \qquad
         logits = \underset{hw}{mean}\ r(cam) r(gpp) - \underset{hw}{mean}\ r(-cam) r(-gpp)
 
-    Only pixels where both have the same sign count, so that a narrow peak in a region that is negative as a whole adds
-    nothing: a class has to respond at several scales. There is no global average of the map.
+    Only pixels where both have the same sign count, and each by what the pyramid says of its surroundings, so that a
+    narrow peak scores less than the same response spread out. There is no global average of the map.
+
+    From coarse to fine, a level passes fewer gates the finer it is: with all gates half open the four have shares of
+    1/64, 1/64, 1/16 and 1/4. The finest tells places apart, the coarse ones raise or lower it by region.
 
     Args:
         num_classes: K.
