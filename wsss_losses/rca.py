@@ -99,6 +99,7 @@ def regional_contrast_loss(
     if filled is not None:
         check_shape("filled", filled, memory.shape[:1], "to match memory")
     check_ndim("embedding", embedding, 4, "(B, D, H, W)")
+    check_floating("embedding", embedding)
     check_shape("embedding", embedding, (None, memory.shape[2], None, None), "to match memory")
     check_shape("labels", labels, (embedding.shape[0], memory.shape[0]), "to match embedding and memory")
     check_ndim("cam", cam, 4, "(B, K, H, W)")

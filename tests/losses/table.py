@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import wsss_losses as losses
-from wsss_modules import AffinityLabels, affinity_labels, sample_erase_class
+from wsss_modules import AffinityLabels, affinity_labels, draw_region_mix_up, sample_erase_class
 
 # What the images of a batch may lack. "typical" has everything.
 SITUATIONS = ("typical", "no_label", "all_ignored", "batch_1", "smallest")
@@ -190,6 +190,16 @@ def _wood(situation: str) -> tuple[Tensor, ...]:
     return random(batch, classes, seed=8), features, ood_logits, labels, *centres, of_classes, of_clusters
 
 
+def _regions(situation: str) -> tuple[Any, ...]:
+    images, size = 1 if situation == "batch_1" else 2, 1 if situation == "smallest" else 4
+    embedding, cam = random(images, 6, size, size, seed=1), 3 * random(images, 3, size, size, seed=2)
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]], dtype=torch.float64)[:images]
+    if situation in ("no_label", "all_ignored"):
+        labels = torch.zeros_like(labels)
+    mix = draw_region_mix_up(labels, generator=torch.Generator().manual_seed(4))
+    return embedding, cam, labels, random(3, 4, 6, seed=3), torch.tensor([4, 2, 3]), mix
+
+
 PAIR_OPTIONS = {"radius": 3}
 FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
 
@@ -346,5 +356,13 @@ CASES = (
         ),
         sync=True,
         constants=4,
+    ),
+    LossCase(
+        losses.regional_contrast_loss,
+        losses.RegionalContrastLoss,
+        _regions,
+        zero_in=("no_label", "all_ignored", "smallest"),
+        varies=({"reduction": "none", "temperature": 0.5}, {"reduction": "mean", "log_floor": 1e-4}),
+        data_dependent="the number of regions depends on the labels",
     ),
 )

@@ -159,7 +159,8 @@ class RegionMemoryBank(nn.Module):
         # a region is stored with 1 - m, or whole if it is the first in its slot; each later one in the slot keeps m
         first = (rank < slots) & ((self.pointer + rank) % slots >= self.filled)
         later = torch.div(count - 1 - rank, slots, rounding_mode="floor").clamp(min=0)  # (B, K)
-        share = torch.where(first, 1.0, 1 - self.momentum) * self._kept(later)
+        kept_later = self._kept(later)
+        share = torch.where(first, kept_later, (1 - self.momentum) * kept_later)
         goes_to = selected[..., None] & (rank[..., None] % slots == steps)  # (B, K, O)
         with torch.autocast(regions.device.type, enabled=False):
             added = einsum(torch.where(goes_to, share[..., None], 0), regions, "b k o, b k d -> k o d")
@@ -228,5 +229,5 @@ def _pool_intersections(features: Tensor, mask: Tensor, sure: Tensor) -> RegionP
     chain = torch.where(writing[..., None, None], mask, True).int().cumprod(1).bool() & mask
     shared = pool_masks(features, chain)
     area = mask.sum((2, 3))
-    share = shared.area / area.clamp(min=1)
-    return RegionPool(shared.embedding * share[..., None].to(shared.embedding.dtype), area)
+    total = shared.embedding * shared.area[..., None]
+    return RegionPool(total / area.clamp(min=1)[..., None], area)

@@ -59,8 +59,8 @@ def region_mask(cam: Tensor) -> Tensor:
         Segmentation, CVPR 2022, arXiv:2203.09653.
 
     Differences:
-        A constant map has no region here; in the released code the rounding of the mean decides between none (which
-        ends in NaN) and all of the image.
+        A map that is constant but for rounding has no region here; in the released code the rounding decides between
+        none (which ends in NaN) and any part of the image.
 
     Notes:
         With one class the softmax is 1 everywhere, so that there is no region: RCA needs K of at least 2. Half
@@ -79,7 +79,8 @@ def region_mask(cam: Tensor) -> Tensor:
     if probability.shape[2:].numel() == 0 or probability.shape[1] == 0:
         return torch.zeros_like(probability, dtype=torch.bool)
     low, high = probability.amin((2, 3), keepdim=True), probability.amax((2, 3), keepdim=True)
-    return (probability > probability.mean((2, 3), keepdim=True)) & (high > low)
+    varies = high - low > 8 * torch.finfo(probability.dtype).eps * high  # by more than its rounding
+    return (probability > probability.mean((2, 3), keepdim=True)) & varies
 
 
 def region_pool(features: Tensor, cam: Tensor) -> RegionPool:
