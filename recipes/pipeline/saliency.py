@@ -48,15 +48,15 @@ def saliency_source(
     return source
 
 
-def save_saliency(run: Run, name: str, saliency: np.ndarray) -> None:
-    """Write a map (H, W) in [0, 1] as ``saliency/NAME.png``: 8-bit grey, white is foreground."""
-    with replacing(run.path(FOLDER, f"{name}.png")) as file:
+def save_saliency(run: Run, name: str, saliency: np.ndarray, folder: str = FOLDER) -> None:
+    """Write a map (H, W) in [0, 1] as ``FOLDER/NAME.png`` of the run: 8-bit grey, white is foreground."""
+    with replacing(run.path(folder, f"{name}.png")) as file:
         Image.fromarray((saliency * 255).round().astype(np.uint8)).save(file, format="PNG")
 
 
-def read_saliency(run: Run, name: str) -> np.ndarray:
+def read_saliency(run: Run, name: str, folder: str = FOLDER) -> np.ndarray:
     """What :func:`save_saliency` wrote: (H, W) float32 in [0, 1], in steps of 1/255."""
-    return _read_file(run.path(FOLDER, f"{name}.png"))
+    return _read_file(run.path(folder, f"{name}.png"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,378 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["wsss[recipes,weights]"]
+# ///
+"""C2AM: Contrastive Learning of Class-Agnostic Activation Map (Xie et al., CVPR 2022, arXiv:2203.13505).
+
+A second network learns, without any label, to split photographs into two regions so that the regions of one kind are
+alike over the batch and those of different kinds are not. The one that keeps off the borders is the foreground. Its map
+replaces the constant background score when the CAMs of a plain classifier become masks.
+
+    python -m recipes run c2am                                      # built-in demo data, two CPU cores
+    python -m recipes run c2am --reuse runs/cam-demo-s0             # with classifier and CAMs of a finished run
+    python -m recipes run c2am --preset paper --data voc:PATH --contrast.weights MOCO_FILE
+    python -m recipes run c2am --preset paper --data voc:PATH --devices 8 ...
+
+The maps are left in saliency/ (8-bit grey, white is foreground), where recipes that need saliency find them. The paper
+starts from a self-supervised ResNet-50 (MoCo v2): give the state dict of its encoder. By default the backbone has
+weights of ImageNet's labels, so that the maps are learnt without labels of these photographs, not without any.
+
+Unlike the released training, batch norms keep the statistics of the pretraining (but for the one on the map), batches
+are always full, and the side of the foreground is told from all batches of the last epoch instead of one of the first.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from recipes.cli import run_recipe
+from recipes.pipeline.cams import CamConfig, read_cam, write_cams
+from recipes.pipeline.classification import ClassifyConfig, train_classifier
+from recipes.pipeline.data import IGNORE, ImageSet
+from recipes.pipeline.evaluation import FIXED, evaluate_masks
+from recipes.pipeline.labels import measure_cams, measured_lists, refine_masks, write_masks
+from recipes.pipeline.models import Trunk, build_trunk, freeze_stages
+from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
+from recipes.pipeline.report import finish
+from recipes.pipeline.run import Run, RunConfig, start
+from recipes.pipeline.saliency import read_saliency, save_saliency
+from recipes.pipeline.segmentation import (
+    SegmentConfig,
+    Segmenter,
+    segmentation_from_masks,
+    segmentation_probabilities,
+)
+from recipes.pipeline.training import (
+    MaskedCrops,
+    Moment,
+    RandomScale,
+    Schedule,
+    crop_transform,
+    fit,
+    scaled_size,
+    two_speed_groups,
+)
+from recipes.pipeline.views import image_tensor, view
+from wsss_losses import C2AMLoss
+from wsss_modules import (
+    IRN_CRF,
+    BorderPolarity,
+    DisentangledFeatures,
+    Disentangler,
+    dense_crf,
+    merge_class_agnostic_maps,
+    refine_cam_with_background_cue,
+    threshold_cue,
+    unary_from_mask,
+)
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """The network of the class-agnostic map and its training, without labels."""
+
+    backbone: str = "tf_efficientnet_lite0"
+    """timm name, or NAME-irn for an undilated stride-16 ResNet; its last two levels are joined."""
+    weights: str = "imagenet"
+    """imagenet, random or a file, such as the encoder of a self-supervised network."""
+    output_stride: int = 32
+    """Pixels per cell of the last level while training; it is brought to the cells of the level before."""
+    frozen_stages: int = 4
+    """Stem and stages that keep their pretrained weights."""
+    side: int = 256
+    """The images are resized to squares of so many pixels a side,"""
+    crop: int = 224
+    """and cropped to this, so that the border of a crop is nearly that of the image."""
+    alpha: float = 0.25
+    """Decay of the pull with the rank of a neighbour in the batch; smaller for batches with few images of a class."""
+    normalize: Literal["n2", "pairs", "weights"] = "weights"
+    """How the pull is averaged: as released (n2), or independent of the batch size (weights)."""
+    pull_weight: float = 0.035
+    """Weight of the pull: 1 for n2; 0.035 for weights, which is the same at the published batch of 128."""
+    border: int = 2
+    """Width of the border that tells the background, in cells: a seventh of the side, as published."""
+    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=10, batch_size=32, lr=0.001, head_lr=0.01))
+    """Training schedule. The batch is what is contrasted, so it should be large."""
+
+
+@dataclass(frozen=True)
+class CueConfig:
+    """From the network to the saliency maps."""
+
+    long_side: int | None = None
+    """Longer side of the image at scale 1 in pixels; the image's own by default."""
+    scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)
+    """Sizes whose maps are added, each with its mirror image."""
+    invert: Literal["one_minus", "negate"] = "negate"
+    """How maps that fire on the background are turned round: as released (one_minus), or alike for both polarities."""
+    threshold: float = 0.3
+    """What exceeds it is foreground for the dense CRF."""
+    network: bool = False
+    """Train a saliency network on the maps after the CRF, and take its maps."""
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of a run."""
+
+    classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
+    cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
+    threshold: float = 0.25
+    """Background score at which the CAMs themselves are measured."""
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    cue: CueConfig = field(default_factory=CueConfig)
+    saliency: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
+    """The saliency network, where there is one."""
+    mask_crf: bool = True
+    """Train the segmentation on CRF-refined masks."""
+    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
+
+
+class DisentanglingNet(nn.Module):
+    """Images to two regions; counts at their borders which one is the background."""
+
+    def __init__(self, trunk: Trunk, border: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = Disentangler(trunk.out_channels + trunk.level_channels[-2])
+        self.polarity = BorderPolarity(border=border)
+        for layer in self.modules():  # as released: only convolutions learn, which also keeps the map from saturating
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.requires_grad_(False)
+
+    def forward(self, images: Tensor, watch: bool = False) -> DisentangledFeatures:
+        levels, final = self.trunk(images)
+        # a ResNet's maps are past a ReLU anyway; elsewhere it makes the cosines what the losses expect
+        fine, coarse = F.relu(levels[-2]), F.relu(final)
+        coarse = F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=False)
+        out = self.head(torch.cat([coarse, fine], 1))
+        if watch:
+            self.polarity(out.probability)
+        return out
+
+
+class SquareCrops(Dataset):
+    """``image`` (3, crop, crop): photographs, and nothing else."""
+
+    def __init__(self, run: Run, config: ContrastConfig, trunk: Trunk) -> None:
+        self.run, self.names = run, run.train
+        square = v2.Resize((config.side, config.side), v2.InterpolationMode.BICUBIC, antialias=True)
+        self.transform = crop_transform(square, config.crop, trunk.mean, trunk.std)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = self.transform(tv_tensors.Image(self.run.dataset.image(self.names[index])))
+        return {"image": image.as_subclass(Tensor)}
+
+
+def train_contrast(run: Run, config: ContrastConfig) -> DisentanglingNet:
+    """Foregrounds together, backgrounds together, the two apart; without labels."""
+    weights = "random" if run.config.max_steps is not None else config.weights
+    trunk = build_trunk(config.backbone, weights, config.output_stride)
+    freeze_stages(trunk.body, config.frozen_stages)
+    model = DisentanglingNet(trunk, config.border)
+    loss = C2AMLoss(
+        alpha=config.alpha,
+        normalize=config.normalize,
+        pull_weight=config.pull_weight,
+        sync=run.fabric.world_size > 1,
+    )
+
+    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> NamedTuple:
+        regions = model(batch["image"], watch=at.epoch == at.epochs - 1)
+        return loss(regions.fg, regions.bg)
+
+    groups = two_speed_groups(model, [model.head], config.schedule)
+    fit(run, "contrast", model, SquareCrops(run, config, trunk), loss_of, groups, config.schedule)
+    if run.fabric.world_size > 1:  # each process has counted its own images since the last exchange
+        model.load_state_dict(torch.load(run.path("checkpoints", "contrast.pt"), weights_only=True)["model"])
+    inverted, border = model.polarity.polarity()
+    run.record(polarity={"inverted": bool(inverted), "border": float(border)})
+    side = "background" if inverted else "foreground"
+    run.console.print(f"  the map is that of the {side}: it is {float(border):.2f} at the borders", highlight=False)
+    return model
+
+
+def write_cues(run: Run, model: DisentanglingNet, config: CueConfig, folder: str) -> None:
+    """Foreground map over scales and mirror images, thresholded; then the probability that the dense CRF gives."""
+    model.to(run.fabric.device, memory_format=torch.channels_last).eval()
+    inverted = bool(model.polarity.polarity().inverted)
+
+    @torch.no_grad()
+    def work(name: str) -> None:
+        image = image_tensor(run.dataset.image(name))
+        height, width = image.shape[-2:]
+        base = 1.0 if config.long_side is None else config.long_side / max(height, width)
+        views = []
+        for scale in config.scales:
+            size = scaled_size(height, width, base * scale)
+            both = view(image, size, model.trunk.mean, model.trunk.std).to(run.fabric.device)
+            views += model(both).logits.split(1)
+        mirrored = [False, True] * len(config.scales)
+        options = {"inverted": inverted, "mirrored": mirrored, "invert": config.invert}
+        cue = threshold_cue(merge_class_agnostic_maps(views, (height, width), **options).high_res, config.threshold)
+        refined = dense_crf(image[None], unary_from_mask(cue.cpu(), num_labels=2), IRN_CRF)
+        save_saliency(run, name, refined[0, 1].numpy(), folder)
+
+    run.for_each(run.train, lambda name: run.path(folder, f"{name}.png"), work)
+
+
+def train_saliency(run: Run, config: SegmentConfig) -> Segmenter:
+    """A segmentation network of two classes on the cues, which evens out their mistakes."""
+    model = Segmenter(config if run.config.max_steps is None else replace(config, weights="random"), 2)
+    transform = crop_transform(RandomScale(*config.scale), config.crop, model.mean, model.std)
+    crops = MaskedCrops(run.dataset, run.train, lambda name: _is_object(read_saliency(run, name, "cue")), transform)
+
+    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
+        logits = F.interpolate(model(batch["image"]), batch["mask"].shape[-2:], mode="bilinear", align_corners=False)
+        labelled = (batch["mask"] != IGNORE).sum().clamp(min=1)
+        return F.cross_entropy(logits, batch["mask"], ignore_index=IGNORE, reduction="sum") / labelled
+
+    groups = two_speed_groups(model, model.head_modules, config.schedule)
+    fit(run, "saliency", model, crops, loss_of, groups, config.schedule)
+    return model
+
+
+def write_saliency(run: Run, model: Segmenter, config: SegmentConfig) -> None:
+    model.to(run.fabric.device, memory_format=torch.channels_last).eval()
+
+    @torch.no_grad()
+    def work(name: str) -> None:
+        image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
+        save_saliency(run, name, segmentation_probabilities(model, image, config.test_scales)[1].cpu().numpy())
+
+    run.for_each(run.train, lambda name: run.path("saliency", f"{name}.png"), work)
+
+
+class _Objects:
+    """The masks of a data set with one class: any object."""
+
+    classes = ("object",)
+
+    def __init__(self, dataset: ImageSet) -> None:
+        self.dataset = dataset
+
+    def mask(self, name: str) -> np.ndarray | None:
+        mask = self.dataset.mask(name)
+        return mask if mask is None else np.where(mask == IGNORE, IGNORE, np.minimum(mask, 1))
+
+
+def _is_object(saliency: np.ndarray) -> np.ndarray:
+    return (saliency > 0.5).astype(np.uint8)
+
+
+def measure_saliency(run: Run) -> None:
+    """Foreground and background of the maps against those of the masks: the classes all taken as one."""
+    for split, names in measured_lists(run, "saliency", ".png").items():
+        measured = evaluate_masks(
+            lambda name: _is_object(read_saliency(run, name)),
+            _Objects(run.dataset),
+            names,
+            what="saliency",
+            split=split,
+            workers=run.config.workers,
+        )
+        run.measured(replace(measured, threshold=0.5, threshold_from=FIXED))
+
+
+def refined_mask(run: Run, name: str) -> Tensor:
+    """The strongest class where its CAM exceeds the background cue, 1 - saliency."""
+    stored = read_cam(run, name)
+    saliency = torch.from_numpy(read_saliency(run, name))[None, None]
+    keys = torch.from_numpy(stored.keys)
+    return refine_cam_with_background_cue(torch.from_numpy(stored.cam)[None], saliency, keys=keys)[0]
+
+
+PRESETS = {
+    "demo": Config(cue=CueConfig(long_side=256, scales=(1.0,))),  # the pictures are small
+    # 100 steps of 64 crops cost what the classifier's 405 of 16 do. With 6 classes such a batch has about as many
+    # images of each as 128 have of VOC's 20, which is what a pull of alpha 0.25 reaches; its weight is that of 128. The
+    # learning rates of all steps, over 1 - momentum, add up to what they do in the paper; the head has the tenfold rate
+    # that the released grouping means to give it (and misses), since 100 steps are few.
+    "small": Config(
+        classify=CLASSIFY["small"],
+        cams=CAMS["small"],
+        contrast=ContrastConfig(schedule=Schedule(epochs=5, batch_size=64, lr=0.001, head_lr=0.01)),
+        cue=CueConfig(scales=CAMS["small"].scales),
+        saliency=SEGMENT["small"],
+        segment=SEGMENT["small"],
+    ),
+    "paper": Config(
+        classify=CLASSIFY["paper"],
+        cams=CAMS["paper"],
+        threshold=0.15,
+        contrast=ContrastConfig(
+            backbone="resnet50-irn",
+            output_stride=16,
+            frozen_stages=0,
+            side=512,
+            crop=448,
+            normalize="n2",
+            pull_weight=1.0,
+            border=4,
+            schedule=Schedule(epochs=10, batch_size=128, lr=0.001, head_lr=0.001, momentum=1e-4),
+        ),
+        cue=CueConfig(invert="one_minus", network=True),
+        saliency=replace(
+            SEGMENT["paper"], architecture="deeplabv3plus", encoder="resnet50", output_stride=16, crf=False
+        ),
+        mask_crf=False,
+        segment=SEGMENT["paper"],
+    ),
+    "tiny": Config(
+        data="demo:tiny",
+        classify=CLASSIFY["tiny"],
+        cams=CAMS["tiny"],
+        contrast=ContrastConfig(schedule=Schedule(epochs=2, batch_size=8, lr=0.001, head_lr=0.01)),
+        cue=CueConfig(scales=(1.0,), network=True),
+        saliency=SEGMENT["tiny"],
+        segment=SEGMENT["tiny"],
+    ),
+}
+
+
+def main(config: Config) -> dict:
+    run = start("c2am", config)
+
+    with run.stage("classify", "Classifier from tags"):
+        classifier = train_classifier(run, config.classify)
+
+    with run.stage("cams", "Class activation maps"):
+        write_cams(run, classifier, run.train + run.val, config.cams)
+        measure_cams(run, config.threshold)
+
+    with run.stage("contrast", "Two regions, without labels"):
+        net = train_contrast(run, config.contrast)
+
+    with run.stage("cues", "Class-agnostic maps, and a dense CRF"):
+        write_cues(run, net, config.cue, "cue" if config.cue.network else "saliency")
+
+    if config.cue.network:
+        with run.stage("saliency", "Saliency network from the maps"):
+            write_saliency(run, train_saliency(run, config.saliency), config.saliency)
+
+    with run.stage("masks", "Masks: CAMs against the background cue, and a dense CRF"):
+        measure_saliency(run)
+        write_masks(run, run.train, lambda name: refined_mask(run, name))
+        refine_masks(run, config.mask_crf)
+
+    with run.stage("segment", "Segmentation network from the masks"):
+        segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)
+
+    return finish(run)
+
+
+if __name__ == "__main__":
+    run_recipe(sys.modules[__name__])
