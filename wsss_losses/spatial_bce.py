@@ -163,10 +163,11 @@ def spatial_bce_threshold_loss(
         The released code gives NaN where all pixels lie on one side and where no class is present.
 
     Notes:
-        A predicted threshold below ``min_threshold`` gets no gradient from its pixels, as in the released code. Absent
-        classes take no part. The counts are those of the batch, so the loss of a batch is not the mean of the losses of
-        its images; ``sync=True`` gives value and (after DDP's averaging) gradient of one process with the whole batch.
-        Computed in float32 for half precision. Works in ``torch.compile(fullgraph=True)`` without ``sync``.
+        A threshold with all pixels of its map on one side moves away from them. One below ``min_threshold`` gets no
+        gradient, as in the released code. Absent classes take no part. The counts are those of the batch, so the loss
+        of a batch is not the mean of the losses of its images; ``sync=True`` gives value and (after DDP's averaging)
+        gradient of one process with the whole batch. Computed in float32 for half precision. Works in
+        ``torch.compile(fullgraph=True)`` without ``sync``.
 
     Example:
         >>> import torch
