@@ -70,16 +70,16 @@ class Config(RunConfig):
     cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
     threshold: float = 0.25
     """Background score at which the CAMs themselves are measured."""
-    affinity: rw.AffinityConfig = field(default_factory=lambda: trusted(rw.PRESETS["demo"].affinity))
+    affinity: rw.AffinityConfig = field(default_factory=lambda: affinity_of("demo"))
     walk: rw.WalkConfig = field(default_factory=lambda: DEMO_WALK)
     mask_crf: bool = True
     """Train the segmentation on CRF-refined masks."""
     segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
 
 
-def trusted(affinity: rw.AffinityConfig) -> rw.AffinityConfig:
-    """PSA's affinity network under the backgrounds of OC-CSE, whose scripts refine the CAMs at 6, 10 and 24."""
-    return replace(affinity, low_alpha=6.0, high_alpha=24.0)
+def affinity_of(preset: str) -> rw.AffinityConfig:
+    """PSA's affinity network, its labels from backgrounds of OC-CSE's, which refines CAMs under 6, 10 and 24."""
+    return replace(rw.PRESETS[preset].affinity, low_alpha=6.0, high_alpha=24.0)
 
 
 class SignedOutput(NamedTuple):
@@ -134,7 +134,7 @@ PRESETS = {
         classify=CLASSIFY["small"],
         learner=CLASSIFY["small"],
         cams=CAMS["small"],
-        affinity=trusted(rw.PRESETS["small"].affinity),
+        affinity=affinity_of("small"),
         walk=rw.PRESETS["small"].walk,
         segment=SEGMENT["small"],
     ),
@@ -151,7 +151,7 @@ PRESETS = {
         ),
         cams=CAMS["paper"],
         threshold=0.2,
-        affinity=trusted(rw.PRESETS["paper"].affinity),
+        affinity=affinity_of("paper"),
         walk=rw.PRESETS["paper"].walk,
         segment=SEGMENT["paper"],
     ),
@@ -160,7 +160,7 @@ PRESETS = {
         classify=CLASSIFY["tiny"],
         learner=CLASSIFY["tiny"],
         cams=CAMS["tiny"],
-        affinity=trusted(rw.PRESETS["tiny"].affinity),
+        affinity=affinity_of("tiny"),
         walk=DEMO_WALK,
         segment=SEGMENT["tiny"],
     ),
