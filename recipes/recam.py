@@ -134,9 +134,9 @@ def reactivate(run: Run, classifier: Classifier, classify: ClassifyConfig, confi
 
 # The published fine-tuning takes 2,644 steps at 5e-4 and 5e-5 without momentum. What decides how far a new classifier
 # gets is the sum of its learning rates, divided by 1 - momentum; `small` and `demo`, with a momentum of 0.9, take the
-# rates that give the published sum in their 324 and 60 steps. Relative to the plain classifier's rates that is four
-# times as fast as published: at the published ratio a second classifier would end close to its random weights, and
-# right about 78 % of the tags of `small` instead of 87 % (on features of the plain classifier).
+# rates that give the published sum in their 324 and 60 steps. Relative to the plain classifier's, those of `small`
+# are four times the published ones: at the published ratio, the second classifier ended nearer to its random weights
+# and was right about 78 % of the tags instead of 87 % (trained by itself on features of the plain classifier).
 PRESETS = {
     "demo": Config(),
     "small": Config(
