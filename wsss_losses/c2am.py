@@ -187,7 +187,7 @@ def sim_max_loss(
     similarity = pairwise_cosine_similarity(gather_over_processes(features, sync), clamp=None)  # (N, N)
     count = similarity.shape[0]
     kept = _kept_ranks(count, alpha, topk, min_weight)
-    nearest = similarity.topk(kept, dim=1).values if kept < count else similarity.sort(dim=1, descending=True).values
+    nearest = similarity.topk(kept, dim=1).values  # (N, k), descending; faster than a sort even where all are kept
     ranks = torch.arange(kept, device=features.device, dtype=similarity.dtype)
     weights = torch.exp(-alpha * (ranks - 1))  # (k,)
     cost = -torch.log(nearest.clamp(LEAST, LARGEST)) * weights  # (N, k)

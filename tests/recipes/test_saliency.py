@@ -7,6 +7,7 @@ import pytest
 from lightning_fabric import Fabric
 from PIL import Image
 
+from recipes.c2am import measure_saliency
 from recipes.pipeline.data.image_set import ImageSet
 from recipes.pipeline.run import Run, RunConfig
 from recipes.pipeline.saliency import read_saliency, saliency_source, save_saliency
@@ -98,6 +99,21 @@ def test_own_maps_of_the_data_set(run: Run, tmp_path: Path) -> None:
     source = saliency_source(run)
     for name in run.train:
         np.testing.assert_array_equal(source(name), run.dataset.saliency(name))
+
+
+def test_measured_saliency_takes_all_classes_as_one(run: Run) -> None:
+    for name in run.seeds:
+        truth = run.dataset.mask(name)
+        save_saliency(run, name, np.where(truth == 255, 0.5, truth > 0).astype(np.float32))
+    measure_saliency(run)
+    (measured,) = run.metrics["measurements"]
+    assert measured["what"] == "saliency"
+    assert measured["iou"] == {"background": 100.0, "object": 100.0}
+    name = run.seeds[0]
+    save_saliency(run, name, 1 - read_saliency(run, name))
+    measure_saliency(run)
+    (measured,) = run.metrics["measurements"]
+    assert 50 < measured["miou"] < 100
 
 
 def test_source_can_be_pickled_for_loader_processes(run: Run, tmp_path: Path) -> None:
