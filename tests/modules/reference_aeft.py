@@ -6,8 +6,12 @@ import math
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from wsss_modules import minmax_cam
 
 
 def bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -91,6 +95,13 @@ def soft_erase_mask(cam: Tensor, labels: Tensor, size: tuple[int, int], threshol
     return torch.tensor([[value if value < threshold else 0.0 for value in row] for row in mask.tolist()])[None]
 
 
+def soft_erase_of_all(cam: Tensor, labels: Tensor, size: tuple[int, int], threshold: float = 0.6) -> Tensor:
+    """The mask of a batch as the released code makes it: every class is upsampled, then the absent ones are dropped."""
+    large = F.interpolate(F.relu(cam), size, mode="bilinear", align_corners=False)
+    shown = (minmax_cam(large) * labels[:, :, None, None]).amax(1, keepdim=True)
+    return shown * (shown < threshold)
+
+
 def repulsion(
     gpp: Tensor, cam: Tensor, labels: Tensor, negatives: Sequence[int], margin: float, thresholds: tuple[float, float]
 ) -> tuple[list[float], int, float]:
@@ -113,27 +124,23 @@ def repulsion(
 
 
 def search_negatives(labels: Tensor, source: random.Random) -> tuple[list[int], list[list[int]]]:
-    """The released search: every pair is compared by operations of its own, then a shuffled list is gone through.
+    """The released search: an image's classes are compared with those of all images, in a list that is reshuffled.
 
-    Returns the negatives, and for each image the order in which the others were looked at. A partner that shares a
-    class is looked for too, and not used. Images without a partner are outside of what the search can do.
+    Each comparison brings both sets of classes to the host and intersects them there; a partner that shares a class is
+    looked for as well, and not used. Images without a partner are outside of what the search can do.
+
+    Returns the negatives, and for each image the order in which the others were looked at.
     """
-    batch = len(labels)
-    shared = [[(labels[i] * labels[j]).sum().item() for j in range(batch)] for i in range(batch)]
-    order, negatives, orders = list(range(batch)), [], []
-    for i in range(batch):
-        orders.append(list(order))
-        negative = positive = None
+    order, negatives, orders = list(range(len(labels))), [], []
+    for i, row in enumerate(labels):
+        own, alike, unlike = row.nonzero().cpu().numpy(), [], []
         for j in order:
-            if shared[i][j] == 0 and negative is None:
-                negative = j
-            if shared[i][j] > 0 and i != j and positive is None:
-                positive = j
-            if negative is not None and positive is not None:
-                break
-        if negative is None:
+            shared = np.intersect1d(own, labels[j].nonzero().cpu().numpy())
+            (alike if len(shared) else unlike).append(j)
+        if not unlike:
             raise ValueError(f"labels: image {i} shares a class with all others")
-        negatives.append(negative)
+        negatives.append(unlike[0])
+        orders.append(list(order))
         source.shuffle(order)
     return negatives, orders
 

@@ -83,6 +83,7 @@ class SignPreservingGate(nn.Module):
         check_floating("fine", fine)
         check_shape("coarse", coarse, (None, self.num_classes, None, None), "(B, K, H, W)")
         check_shape("fine", fine, coarse.shape, "to match coarse")
+        # two convolutions: one of two groups takes nearly twice the time on a CPU
         return _gated(self.positive, coarse, fine) - _gated(self.negative, -coarse, -fine)
 
     def extra_repr(self) -> str:
