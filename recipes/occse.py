@@ -41,9 +41,6 @@ from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
 from wsss_losses import class_specific_erasing_loss
 from wsss_modules import CAMHead, FrozenClassifier, class_specific_erase, sample_erase_class
 
-# A walk of n steps reaches about sqrt(n) cells: 256 steps for photographs of 60 cells are 16 for pictures of 16.
-DEMO_WALK = replace(rw.PRESETS["demo"].walk, steps=16)
-
 
 @dataclass(frozen=True)
 class ErasingConfig:
@@ -79,7 +76,7 @@ class Config(RunConfig):
     threshold: float = 0.25
     """Background score at which the CAMs themselves are measured."""
     affinity: rw.AffinityConfig = field(default_factory=lambda: affinity_of("demo"))
-    walk: rw.WalkConfig = field(default_factory=lambda: DEMO_WALK)
+    walk: rw.WalkConfig = field(default_factory=lambda: rw.PRESETS["demo"].walk)
     mask_crf: bool = True
     """Train the segmentation on CRF-refined masks."""
     segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
@@ -174,7 +171,7 @@ PRESETS = {
         learner=CLASSIFY["tiny"],
         cams=CAMS["tiny"],
         affinity=affinity_of("tiny"),
-        walk=DEMO_WALK,
+        walk=rw.PRESETS["tiny"].walk,
         segment=SEGMENT["tiny"],
     ),
 }

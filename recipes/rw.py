@@ -96,6 +96,10 @@ class WalkConfig:
     """power, or chebyshev, which gives the same result to 1e-6 with a third of the products."""
 
 
+# A walk of n steps reaches about sqrt(n) cells: 256 steps for photographs of 60 cells are 16 for pictures of 16.
+DEMO_WALK = WalkConfig(steps=16)
+
+
 @dataclass(frozen=True)
 class Config(RunConfig):
     """Settings of a run."""
@@ -105,7 +109,7 @@ class Config(RunConfig):
     threshold: float = 0.25
     """Background score at which the CAMs themselves are measured."""
     affinity: AffinityConfig = field(default_factory=AffinityConfig)
-    walk: WalkConfig = field(default_factory=WalkConfig)
+    walk: WalkConfig = field(default_factory=lambda: DEMO_WALK)
     mask_crf: bool = True
     """Train the segmentation on CRF-refined masks."""
     segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
@@ -245,6 +249,7 @@ PRESETS = {
         affinity=AffinityConfig(
             frozen_stages=4, crop=256, schedule=Schedule(epochs=3, batch_size=8, lr=0.01, head_lr=0.1)
         ),
+        walk=WalkConfig(),
         segment=SEGMENT["small"],
     ),
     "paper": Config(
@@ -268,6 +273,7 @@ PRESETS = {
             crop=448,
             schedule=Schedule(epochs=8, batch_size=8, lr=0.1, head_lr=1.0, weight_decay=5e-4, momentum=5e-4),
         ),
+        walk=WalkConfig(),
         segment=SEGMENT["paper"],
     ),
     "tiny": Config(
