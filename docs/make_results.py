@@ -41,10 +41,10 @@ nearly threefold between runs (the second `irn` run had the machine nearly to it
 classifier counts its time too.
 
 Both systems lift the plain CAMs above what the dense CRF alone gives them, with either random seed. RW's masks are
-better than IRN's here, the reverse of what was published with larger backbones. Two differences may explain it: RW fine-tunes the
-backbone of its affinity network, and starts it from the classifier, while IRN's stays frozen under heads that take
-243 steps (the published schedule has 990) at the released momentum of 1e-4; and RW's background competes in the
-walk, while IRN's is a constant that was fixed for ResNet-50. Neither was tested by itself.
+better than IRN's here, the reverse of what was published with larger backbones. Two differences may explain it: RW
+fine-tunes the backbone of its affinity network, and starts it from the classifier, while IRN's stays frozen under
+heads that take 243 steps (the published schedule has 990) at the released momentum of 1e-4; and RW's background
+competes in the walk, while IRN's is a constant that was fixed for ResNet-50. Neither was tested by itself.
 """
 
 

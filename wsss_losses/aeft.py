@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wsss_losses._distributed import gather_over_processes, sum_over_processes
+from wsss_losses._reduction import check_reduction
 from wsss_modules import minmax_cam
 from wsss_modules._checks import check_floating, check_integer, check_ndim, check_shape
+from wsss_modules._distributed import gather_over_processes, sum_over_processes
+from wsss_modules._precision import at_least_float32
 
 Reduction = Literal["mean", "present", "sum", "none"]
 
@@ -65,7 +67,7 @@ def erasing_attraction_loss(
         ... )
         (tensor(0.5000), tensor(1.))
     """
-    _check_reduction(reduction)
+    check_reduction(reduction, get_args(Reduction))
     for name, maps in (("gpp", gpp), ("gpp_masked", gpp_masked)):
         check_floating(name, maps)
         check_ndim(name, maps, 4, "(B, K, H, W)")
@@ -106,7 +108,7 @@ class ErasingAttractionLoss(nn.Module):
 
     def __init__(self, *, reduction: Reduction = "mean", sync: bool = False) -> None:
         super().__init__()
-        _check_reduction(reduction)
+        check_reduction(reduction, get_args(Reduction))
         self.reduction: Reduction = reduction
         self.sync = sync
 
@@ -214,11 +216,15 @@ def erasing_repulsion_loss(
         tensor(6.)
     """
     _check_triplets(gpp, cam, labels, negative_index, valid)
+    if margin < 0:
+        raise ValueError(f"margin: expected at least 0, got {margin}")
+    if min_hard < 0:
+        raise ValueError(f"min_hard: expected at least 0, got {min_hard}")
     present = labels > 0
     dtype = torch.promote_types(gpp.dtype, torch.float32)
     relative = gpp.to(dtype)
-    relative = relative / (relative.abs().amax((2, 3), keepdim=True) + eps)
-    activation = minmax_cam(cam.detach().to(torch.promote_types(cam.dtype, torch.float32)), eps)
+    relative = relative / (relative.abs().amax((2, 3), keepdim=True) + eps).clamp(min=torch.finfo(dtype).tiny)
+    activation = minmax_cam(at_least_float32(cam.detach()), eps)
     anchor = _mean_below(relative, activation, threshold, present, eps)  # (B, K)
     negative = _mean_below(relative, activation, negative_threshold, present, eps)
 
@@ -298,11 +304,6 @@ class ErasingRepulsionLoss(nn.Module):
         """Show the options."""
         thresholds = f"threshold={self.threshold}, negative_threshold={self.negative_threshold}"
         return f"margin={self.margin}, {thresholds}, min_hard={self.min_hard}, eps={self.eps}, sync={self.sync}"
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in get_args(Reduction):
-        raise ValueError(f'reduction: expected "mean", "present", "sum" or "none", got {reduction!r}')
 
 
 def _check_triplets(gpp: Tensor, cam: Tensor, labels: Tensor, negative_index: Tensor, valid: Tensor | None) -> None:

@@ -11,11 +11,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wsss_losses._distributed import gather_over_processes
+from wsss_losses._reduction import Reduction, check_reduction, reduce
 from wsss_modules import pairwise_cosine_similarity
 from wsss_modules._checks import check_floating, check_ndim, check_shape
+from wsss_modules._distributed import gather_over_processes
 
-Reduction = Literal["mean", "sum", "none"]
 Normalize = Literal["n2", "pairs", "weights"]
 
 LEAST, LARGEST = 0.0005, 0.9995  # clamp of the similarities
@@ -69,12 +69,12 @@ def sim_min_loss(bg: Tensor, fg: Tensor, *, reduction: Reduction = "mean", sync:
     _check_rows("bg", bg)
     check_shape("fg", fg, (None, bg.shape[1]), "to match bg")
     check_floating("fg", fg)
-    _check_reduction(reduction)
+    check_reduction(reduction)
     similarity = pairwise_cosine_similarity(
         gather_over_processes(bg, sync), gather_over_processes(fg, sync), clamp=(LEAST, LARGEST)
     )
     rows = -torch.log(1 - similarity).sum(1)
-    return _reduce(rows, similarity.numel(), reduction).to(bg.dtype)
+    return reduce(rows, reduction, similarity.numel()).to(bg.dtype)
 
 
 class SimMinLoss(nn.Module):
@@ -94,7 +94,7 @@ class SimMinLoss(nn.Module):
 
     def __init__(self, *, reduction: Reduction = "mean", sync: bool = False) -> None:
         super().__init__()
-        _check_reduction(reduction)
+        check_reduction(reduction)
         self.reduction: Reduction = reduction
         self.sync = sync
 
@@ -183,7 +183,7 @@ def sim_max_loss(
     """
     _check_rows("features", features)
     _check_pull(alpha, normalize, topk, min_weight)
-    _check_reduction(reduction)
+    check_reduction(reduction)
     similarity = pairwise_cosine_similarity(gather_over_processes(features, sync), clamp=None)  # (N, N)
     count = similarity.shape[0]
     kept = _kept_ranks(count, alpha, topk, min_weight)
@@ -192,10 +192,10 @@ def sim_max_loss(
     weights = torch.exp(-alpha * (ranks - 1))  # (k,)
     cost = -torch.log(nearest.clamp(LEAST, LARGEST)) * weights  # (N, k)
     if normalize == "n2":
-        return _reduce(cost.sum(1), count * count, reduction).to(features.dtype)
+        return reduce(cost.sum(1), reduction, count * count).to(features.dtype)
     rows = cost[:, 1:].sum(1)  # rank 0 is the row itself, or one as similar to it, which comes to the same
     if normalize == "pairs" or reduction != "mean":
-        return _reduce(rows, count * (count - 1), reduction).to(features.dtype)
+        return reduce(rows, reduction, count * (count - 1)).to(features.dtype)
     return (rows.sum() / (count * weights[1:].sum()).clamp(min=torch.finfo(rows.dtype).tiny)).to(features.dtype)
 
 
@@ -230,7 +230,7 @@ class SimMaxLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_pull(alpha, normalize, topk, min_weight)
-        _check_reduction(reduction)
+        check_reduction(reduction)
         self.alpha, self.topk, self.min_weight, self.sync = alpha, topk, min_weight, sync
         self.reduction: Reduction = reduction
         self.normalize: Normalize = normalize
@@ -384,20 +384,9 @@ def _kept_ranks(count: int, alpha: float, topk: int | None, min_weight: float) -
     return kept
 
 
-def _reduce(rows: Tensor, pairs: int, reduction: Reduction) -> Tensor:
-    if reduction == "none":
-        return rows
-    return rows.sum() / max(1, pairs) if reduction == "mean" else rows.sum()
-
-
 def _check_rows(name: str, features: Tensor) -> None:
     check_ndim(name, features, 2, "(N, D)")
     check_floating(name, features)
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
 
 
 def _check_pull(alpha: float, normalize: str, topk: int | None, min_weight: float) -> None:

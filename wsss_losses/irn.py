@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wsss_losses._distributed import sum_over_processes
 from wsss_losses._irn_pairs import boundary_costs, displacement_costs, hide_ignored, pair_counts
 from wsss_losses.psa import AffinityTerms, balanced_terms
 from wsss_modules._checks import check_floating, check_integer, check_shape
+from wsss_modules._distributed import sum_over_processes
+from wsss_modules._precision import at_least_float32
 from wsss_modules.affinity.offsets import Border, is_full
 
 
@@ -379,7 +380,7 @@ def _boundary_costs(edge_logits: Tensor, known: Tensor, radius: int, border: Bor
 
 
 def _displacement_costs(displacement: Tensor, known: Tensor, radius: int, border: Border) -> Tensor:
-    vectors = displacement.to(torch.promote_types(displacement.dtype, torch.float32))
+    vectors = at_least_float32(displacement)
     return displacement_costs(vectors, known, radius, is_full(border))
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wsss_losses._reduction import check_reduction
 from wsss_modules._checks import check_floating, check_ndim, check_shape
+from wsss_modules._precision import at_least_float32
 
 
 class ClassSpecificErasingTerms(NamedTuple):
@@ -86,8 +88,7 @@ def class_specific_erasing_loss(
     check_shape("remaining", remaining, logits.shape, "to match logits")
     if weight < 0:
         raise ValueError(f"weight: expected at least 0, got {weight}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
+    check_reduction(reduction)
     labelled = (labels > 0).any(1)
     classification = _cross_entropy(logits, labels)  # (B,)
     erasing = torch.where(labelled, _cross_entropy(erased_logits, remaining), 0.0)
@@ -142,5 +143,5 @@ class ClassSpecificErasingLoss(nn.Module):
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the classes of each image, (B,), at least in float32."""
-    values = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    values = at_least_float32(logits)
     return F.binary_cross_entropy_with_logits(values, targets.to(values.dtype), reduction="none").mean(1)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wsss_losses._distributed import sum_over_processes
 from wsss_modules._checks import check_floating, check_shape
+from wsss_modules._distributed import sum_over_processes
+from wsss_modules._precision import at_least_float32
 from wsss_modules.affinity import AffinityLabels
 
 
@@ -74,7 +75,7 @@ def affinity_loss(affinity: Tensor, labels: AffinityLabels, *, eps: float = 1e-5
     check_floating("affinity", affinity)
     for name, label in zip(labels._fields, labels, strict=True):
         check_shape(f"labels.{name}", label, affinity.shape, "to match affinity")
-    a = affinity.to(torch.promote_types(affinity.dtype, torch.float32))
+    a = at_least_float32(affinity)
     sums = [
         _weighted_sums(-torch.log(torch.where(labels.bg_pos > 0, a, 1) + eps), labels.bg_pos),
         _weighted_sums(-torch.log(torch.where(labels.fg_pos > 0, a, 1) + eps), labels.fg_pos),

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from wsss_losses._reduction import check_reduction, reduce
 from wsss_modules import RegionMixUp, draw_region_mix_up, region_pool
 from wsss_modules._checks import check_floating, check_ndim, check_shape
 
@@ -108,8 +109,7 @@ def regional_contrast_loss(
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     if log_floor is not None and not log_floor > 0:
         raise ValueError(f"log_floor: expected a positive number or None, got {log_floor}")
-    if reduction not in ("sum", "mean", "none"):
-        raise ValueError(f'reduction: expected "sum", "mean" or "none", got {reduction!r}')
+    check_reduction(reduction)
     if mix is None:
         mix = draw_region_mix_up(labels, beta, generator)
     image, index = (labels > 0).nonzero(as_tuple=True)  # (R,)
@@ -146,8 +146,7 @@ def regional_contrast_loss(
     costs = mixed.new_zeros(len(labels)).index_add(0, image, torch.where(present, mixed, 0.0))
     regions = mixed.new_zeros(len(labels)).index_add(0, image, present.to(dtype))
     costs = costs / regions.clamp(min=1)
-    reduced = costs if reduction == "none" else costs.sum() / (len(costs) if reduction == "mean" and len(costs) else 1)
-    return reduced.to(embedding.dtype)
+    return reduce(costs, reduction).to(embedding.dtype)
 
 
 class RegionalContrastLoss(nn.Module):

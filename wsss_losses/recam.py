@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wsss_losses._reduction import check_reduction, reduce
 from wsss_modules._checks import check_floating, check_ndim, check_shape
 
 Reduction = Literal["mean", "sum", "none"]
@@ -82,7 +83,7 @@ def sce_reactivation_loss(
     _check_options(reduction)
     cost, accuracy = _sample_costs(class_features, labels, recam_weight, empty_accuracy)
     dtype = class_features.dtype
-    return SoftmaxReactivationTerms(_reduce(cost, reduction).to(dtype), accuracy.to(dtype))
+    return SoftmaxReactivationTerms(reduce(cost, reduction).to(dtype), accuracy.to(dtype))
 
 
 class SoftmaxReactivationLoss(nn.Module):
@@ -193,7 +194,7 @@ def recam_loss(
     cost, accuracy = _sample_costs(class_features, labels, recam_weight, empty_accuracy)
     scores = logits.to(cost.dtype)
     bce = F.binary_cross_entropy_with_logits(scores, labels.to(cost.dtype), reduction="none").mean(1)
-    first, second = _reduce(bce, reduction), _reduce(cost, reduction)
+    first, second = reduce(bce, reduction), reduce(cost, reduction)
     terms = first + sce_weight * second, first, second, accuracy
     return ReCAMTerms(*(term.to(logits.dtype) for term in terms))
 
@@ -245,6 +246,8 @@ def _sample_costs(
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of the present classes of each image (B,), and the accuracy over all of them ()."""
     check_ndim("labels", labels, 2, "(B, K)")
+    if labels.shape[1] == 0:
+        raise ValueError(f"labels: expected at least one class, got shape {tuple(labels.shape)}")
     check_floating("class_features", class_features)
     check_floating("recam_weight", recam_weight)
     weight = recam_weight
@@ -277,15 +280,7 @@ def _sample_costs(
     return mean, accuracy
 
 
-def _reduce(cost: Tensor, reduction: str) -> Tensor:
-    """Over the images (B,); the mean of no image is 0."""
-    if reduction == "none":
-        return cost
-    return cost.sum() if reduction == "sum" else cost.sum() / max(1, len(cost))
-
-
 def _check_options(reduction: str, sce_weight: float = 0.0) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
+    check_reduction(reduction)
     if sce_weight < 0:
         raise ValueError(f"sce_weight: expected at least 0, got {sce_weight}")

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wsss_losses._distributed import sum_over_processes
+from wsss_losses._reduction import check_reduction, reduce
 from wsss_modules._checks import check_floating, check_ndim, check_shape
+from wsss_modules._distributed import sum_over_processes
+from wsss_modules._precision import at_least_float32
 
 
 def spatial_bce_loss(
@@ -78,13 +80,14 @@ def spatial_bce_loss(
         >>> loss  # highest at the threshold
         tensor([[[[0.4200, 1.0000, 0.4200]]]])
     """
+    check_reduction(reduction)
     _check_maps(logits, labels)
     check_shape("threshold", threshold, logits.shape[:2], "to match logits")
     check_floating("threshold", threshold)
-    x = _at_least_float32(logits)
-    t = _at_least_float32(threshold.detach())[:, :, None, None].clamp(min=min_threshold)
+    x = at_least_float32(logits)
+    t = at_least_float32(threshold.detach())[:, :, None, None].clamp(min=min_threshold)
     cost = torch.where(_present(labels), _distance(x, t, eps)[0], F.softplus(x))
-    return _reduce(cost, reduction).to(logits.dtype)
+    return reduce(cost, reduction).to(logits.dtype)
 
 
 class SpatialBCELoss(nn.Module):
@@ -184,8 +187,8 @@ def spatial_bce_threshold_loss(
     check_floating("threshold_logits", threshold_logits)
     _check_maps(logits, labels)
     check_shape("threshold_logits", threshold_logits, (*logits.shape[:2], None, None), "to match logits")
-    t = torch.sigmoid(_at_least_float32(threshold_logits).mean((2, 3), keepdim=True)).clamp(min=min_threshold)
-    cost, low = _distance(_at_least_float32(logits.detach()), t, eps)
+    t = torch.sigmoid(at_least_float32(threshold_logits).mean((2, 3), keepdim=True)).clamp(min=min_threshold)
+    cost, low = _distance(at_least_float32(logits.detach()), t, eps)
     present = _present(labels)
     sides = torch.stack([low & present, ~low & present])  # (2, B, K, H, W)
     sums = torch.where(sides, cost, 0.0).flatten(1).sum(1)
@@ -282,17 +285,18 @@ def foreground_ratio_kl_loss(
         >>> foreground_ratio_kl_loss(logits, labels, torch.tensor([[0.5, 0.1, 0.0]]), reduction="none")
         tensor([[0.0000, 0.5108, 0.0000]])
     """
+    check_reduction(reduction)
     _check_maps(logits, labels)
     check_shape("foreground_ratio", foreground_ratio, logits.shape[:2], "to match logits")
     check_floating("foreground_ratio", foreground_ratio)
-    x, q = _at_least_float32(logits), _at_least_float32(foreground_ratio)
+    x, q = at_least_float32(logits), at_least_float32(foreground_ratio)
     foreground, background = torch.sigmoid(x).mean((2, 3)), torch.sigmoid(-x).mean((2, 3))  # (B, K)
     kl = foreground * torch.log((foreground / (q + eps)).clamp(min=min_ratio))
     kl = kl + background * torch.log((background / (1 - q + eps)).clamp(min=min_ratio))
     present = labels > 0
     kl = torch.where(present, kl, 0.0)
     if reduction != "mean":
-        return _reduce(kl, reduction).to(logits.dtype)
+        return reduce(kl, reduction).to(logits.dtype)
     total, count = sum_over_processes(torch.stack([kl.sum(), present.sum().to(kl.dtype)]), sync).unbind()
     return (total / count.clamp(min=1)).to(logits.dtype)
 
@@ -360,17 +364,3 @@ def _check_maps(logits: Tensor, labels: Tensor) -> None:
     check_ndim("logits", logits, 4, "(B, K, H, W)")
     check_floating("logits", logits)
     check_shape("labels", labels, logits.shape[:2], "to match logits")
-
-
-def _reduce(cost: Tensor, reduction: str) -> Tensor:
-    if reduction == "mean":
-        return cost.mean()
-    if reduction == "sum":
-        return cost.sum()
-    if reduction == "none":
-        return cost
-    raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

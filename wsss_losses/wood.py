@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wsss_losses._distributed import sum_over_processes
+from wsss_losses._reduction import check_reduction
 from wsss_modules._checks import check_floating, check_ndim, check_shape
+from wsss_modules._distributed import sum_over_processes
+from wsss_modules._precision import at_least_float32
 from wsss_modules.prototypes import centre_distances, closest_pairs
 
 
@@ -99,8 +101,8 @@ def ood_metric_loss(
         raise ValueError(f"topk: expected a number in [0, 1], got {topk}")
     if selection not in ("batch", "image"):
         raise ValueError(f'selection: expected "batch" or "image", got {selection!r}')
-    _check_reduction(reduction)
-    values = features.to(torch.promote_types(features.dtype, torch.float32))
+    check_reduction(reduction)
+    values = at_least_float32(features)
     clusters = max(1, len(ood_centres))
     to_classes = centre_distances(values, class_centres.detach().to(values.dtype), class_valid)  # (B, K)
     to_clusters = centre_distances(values, ood_centres.detach().to(values.dtype), ood_valid)  # (B, Q)
@@ -221,8 +223,8 @@ def ood_negative_loss(
     wrong = [index for index in ignore_top if not 0 <= index < logits.shape[1]]
     if wrong:
         raise ValueError(f"ignore_top: expected classes in 0..{logits.shape[1] - 1}, got {wrong}")
-    _check_reduction(reduction)
-    values = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    check_reduction(reduction)
+    values = at_least_float32(logits)
     loss = -F.logsigmoid(-values).mean(1)  # softplus, without its switch to the identity above 20
     if ignore_top:
         strongest = values.argmax(1)
@@ -345,11 +347,11 @@ def wood_loss(
     check_floating("features", features)
     check_shape("ood_logits", ood_logits, (None, logits.shape[1]), "to match logits")
     check_floating("ood_logits", ood_logits)
-    values = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    values = at_least_float32(logits)
     cross_entropy = F.binary_cross_entropy_with_logits(values, labels.to(values.dtype), reduction="none")
     classification = _reduce(cross_entropy.mean(1), "mean", sync)
     distance = ood_metric_loss(
-        features.to(torch.promote_types(features.dtype, torch.float32)),
+        at_least_float32(features),
         labels,
         class_centres,
         ood_centres,
@@ -446,11 +448,6 @@ class WOoDLoss(nn.Module):
             f"distance_weight={self.distance_weight}, ood_weight={self.ood_weight}, topk={self.topk}, "
             f"selection={self.selection!r}, margin={self.margin}, ignore_top={self.ignore_top}, sync={self.sync}"
         )
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
 
 
 def _reduce(loss: Tensor, reduction: Literal["mean", "sum", "none"], sync: bool) -> Tensor:

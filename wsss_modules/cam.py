@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wsss_modules._checks import check_floating, check_integer, check_ndim, check_shape
+from wsss_modules._precision import at_least_float32
 
 __all__ = [
     "CAMHead",
@@ -67,7 +68,7 @@ def normalize_cam(cam: Tensor, eps: float = 1e-5, *, subtract_min: bool = False)
         raise ValueError(f"cam: expected shape (..., H, W), got {tuple(cam.shape)}")
     if cam.numel() == 0:
         return cam
-    values = _at_least_float32(cam)
+    values = at_least_float32(cam)
     if subtract_min:
         values = values - values.amin((-2, -1), keepdim=True)
     scale = values.amax((-2, -1), keepdim=True) + eps
@@ -110,7 +111,7 @@ def minmax_cam(cam: Tensor, eps: float = 1e-5) -> Tensor:
         raise ValueError(f"cam: expected shape (..., H, W), got {tuple(cam.shape)}")
     if cam.numel() == 0:
         return cam
-    values = F.relu(_at_least_float32(cam))
+    values = F.relu(at_least_float32(cam))
     low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
     return (F.relu(values - low - eps) / (high - low + eps)).to(cam.dtype)
 
@@ -151,7 +152,7 @@ def background_score(cam: Tensor, alpha: float, labels: Tensor | None = None) ->
         cam = torch.where(_present(labels)[:, :, None, None], cam, 0.0)
     if cam.shape[1] == 0:
         return cam.new_ones(cam.shape[0], 1, *cam.shape[2:])
-    highest = _at_least_float32(cam).amax(1, keepdim=True)
+    highest = at_least_float32(cam).amax(1, keepdim=True)
     return ((1 - highest).clamp(0, 1) ** alpha).to(cam.dtype)
 
 
@@ -308,7 +309,7 @@ def multi_scale_cam(
     for i, (scale, flip) in enumerate(zip(maps, flags, strict=True)):
         check_shape(f"maps[{i}]", scale, (*labels.shape, None, None), "to match labels")
         check_floating(f"maps[{i}]", scale)
-        present = _at_least_float32(scale[image, index])  # (M, h, w)
+        present = at_least_float32(scale[image, index])  # (M, h, w)
         present = present.flip(-1) if flip else present
         cam = _add(cam, _resize(present, grid, relu))
         if fine is not None:
@@ -451,10 +452,6 @@ class CAMHead(nn.Module):
 
 def _present(labels: Tensor) -> Tensor:
     return labels if labels.dtype == torch.bool else labels > 0
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _round_up(n: int, multiple: int) -> int:

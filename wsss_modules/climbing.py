@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wsss_modules._checks import check_floating, check_ndim, check_shape
 from wsss_modules._distributed import max_over_processes
+from wsss_modules._precision import at_least_float32
 
 __all__ = ["gradient_climb", "top_logit_gradient"]
 
@@ -109,7 +110,7 @@ def gradient_climb(
     if images.numel() == 0:
         return images.detach().clone()
     axes = (0, 1, 2, 3) if scope == "batch" else (1, 2, 3)
-    x = images.detach().to(torch.promote_types(images.dtype, torch.float32))
+    x = at_least_float32(images.detach())
     gradient = gradient.to(x.dtype)
     extremes = torch.stack([value.amax(axes, keepdim=True) for value in (gradient.abs(), x, -x)])
     steepest, highest, minus_lowest = max_over_processes(extremes, sync and scope == "batch").unbind()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wsss_modules._checks import check_floating, check_ndim, check_shape
+from wsss_modules._precision import at_least_float32
 from wsss_modules.cam import cam_to_mask, multi_scale_cam
 
 __all__ = [
@@ -201,7 +202,7 @@ def activation_polarity(probability: Tensor, *, border: int = 4) -> Polarity:
         raise ValueError(f"probability: expected at least one map with a cell, got shape {tuple(probability.shape)}")
     if border < 1:
         raise ValueError(f"border: expected at least 1, got {border}")
-    p = probability.to(torch.promote_types(probability.dtype, torch.float32))
+    p = at_least_float32(probability)
     sides = (p[..., :border, :], p[..., -border:, :], p[..., :border], p[..., -border:])
     mean = torch.stack([side.mean() for side in sides]).mean()
     return Polarity(mean > 0.5, mean)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from wsss_modules._checks import check_floating, check_integer, check_ndim, check_shape
 from wsss_modules._distributed import max_over_processes
+from wsss_modules._precision import at_least_float32
 from wsss_modules.cam import minmax_cam
 
 __all__ = [
@@ -173,7 +174,7 @@ def class_specific_erase(
     check_floating("images", images)
     if normalise not in ("batch", "image"):
         raise ValueError(f'normalise: expected "batch" or "image", got {normalise!r}')
-    values = cam.to(torch.promote_types(cam.dtype, torch.float32))
+    values = at_least_float32(cam)
     # The sum has one term, and takes no NaN from the other classes.
     picked = torch.where((erased > 0)[:, :, None, None], values, 0.0).sum(1, keepdim=True)  # (B, 1, h, w)
     shown = F.relu(F.interpolate(picked, images.shape[-2:], mode="bilinear", align_corners=False))

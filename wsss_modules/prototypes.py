@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wsss_modules._checks import check_floating, check_ndim, check_shape
-from wsss_modules._distributed import gather_batch
+from wsss_modules._distributed import gather_over_processes
+from wsss_modules._precision import at_least_float32
 
 __all__ = [
     "ClassCentres",
@@ -200,7 +201,7 @@ def class_feature_centres(features: Tensor, labels: Tensor) -> ClassCentres:
     check_ndim("features", features, 2, "(N, C)")
     check_floating("features", features)
     check_shape("labels", labels, (len(features), None), "to match features")
-    values = features.to(torch.promote_types(features.dtype, torch.float32))
+    values = at_least_float32(features)
     present = (labels > 0).to(values.dtype)
     counts = present.sum(0)
     with torch.autocast(features.device.type, enabled=False):
@@ -323,7 +324,7 @@ def closest_pairs(
     valid = valid.bool()
     pool = torch.where(valid & (distances > 0), distances, -torch.inf)
     if scope == "batch":
-        pool = gather_batch(pool, sync).reshape(1, -1)
+        pool = gather_over_processes(pool.detach(), sync).reshape(1, -1)
     counted = (pool > 0).sum(1, keepdim=True)
     apart = (counted.double() * (1 - fraction)).long()  # in float64, as int(n * (1 - fraction)) is
     if pool.shape[1] == 0:

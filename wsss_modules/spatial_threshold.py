@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wsss_modules._checks import check_floating, check_ndim, check_shape
+from wsss_modules._precision import at_least_float32
 from wsss_modules.cam import normalize_cam
 
 __all__ = [
@@ -86,7 +87,7 @@ def rank_threshold(prob: Tensor, foreground_ratio: Tensor) -> Tensor:
     n_pixels = prob.shape[2] * prob.shape[3]
     if n_pixels == 0:
         raise ValueError(f"prob: expected maps with at least one pixel, got {tuple(prob.shape)}")
-    rank = (_at_least_float32(foreground_ratio.detach()) * n_pixels).long().clamp(0, n_pixels - 1)
+    rank = (at_least_float32(foreground_ratio.detach()) * n_pixels).long().clamp(0, n_pixels - 1)
     return value_of_rank(prob.detach().flatten(2), rank)
 
 
@@ -126,7 +127,7 @@ def mean_threshold(threshold_logits: Tensor) -> Tensor:
     """
     check_ndim("threshold_logits", threshold_logits, 4, "(B, K, h, w)")
     check_floating("threshold_logits", threshold_logits)
-    return _at_least_float32(threshold_logits).mean((2, 3)).sigmoid().to(threshold_logits.dtype)
+    return at_least_float32(threshold_logits).mean((2, 3)).sigmoid().to(threshold_logits.dtype)
 
 
 def threshold_without_temperature(threshold: Tensor, temperature: Tensor) -> Tensor:
@@ -158,8 +159,8 @@ def threshold_without_temperature(threshold: Tensor, temperature: Tensor) -> Ten
     check_ndim("threshold", threshold, 2, "(B, K)")
     check_floating("threshold", threshold)
     check_shape("temperature", temperature, threshold.shape[1:], "to match threshold")
-    logit = torch.special.logit(_at_least_float32(threshold))
-    return torch.sigmoid(logit * torch.exp(-_at_least_float32(temperature))).to(threshold.dtype)
+    logit = torch.special.logit(at_least_float32(threshold))
+    return torch.sigmoid(logit * torch.exp(-at_least_float32(temperature))).to(threshold.dtype)
 
 
 class AdaptiveCam(NamedTuple):
@@ -230,7 +231,7 @@ def adaptive_cam_threshold(
     check_shape("threshold", threshold, cam.shape[:2], "to match cam")
     level = threshold_without_temperature(threshold, temperature)
     present = (labels > 0)[:, :, None, None]
-    values = torch.where(present, torch.sigmoid(_at_least_float32(cam)), 0.0)
+    values = torch.where(present, torch.sigmoid(at_least_float32(cam)), 0.0)
     if cam.shape[1] > 0:
         values = torch.where(values >= values.amax(1, keepdim=True), values, 0.0)
     if normalize:
@@ -402,7 +403,3 @@ class SpatialBCEHead(nn.Module):
     def load_released_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load the head's weights from a released checkpoint."""
         self.load_state_dict(self.from_released(state))
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -274,3 +274,20 @@ def test_messages_name_argument_expected_and_given() -> None:
         erasing_repulsion_loss(gpp, cam, LABELS, NEGATIVES, NEGATIVES)
     with pytest.raises(ValueError, match=r"valid: expected shape \(6,\) to match gpp, got \(3,\)"):
         erasing_repulsion_loss(gpp, cam, LABELS, NEGATIVES, NEGATIVES[:3] > 0)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [({"margin": -0.1}, r"margin: .* -0\.1"), ({"min_hard": -1}, r"min_hard: .* -1")]
+)
+def test_repulsion_rejects_options_out_of_range(option: dict[str, float], message: str) -> None:
+    gpp = torch.zeros(2, 2, 3, 3)
+    with pytest.raises(ValueError, match=message):
+        erasing_repulsion_loss(gpp, gpp, torch.eye(2), torch.tensor([1, 0]), **option)
+
+
+def test_repulsion_of_empty_maps_is_finite_without_eps() -> None:
+    gpp = torch.zeros(2, 2, 3, 3, requires_grad=True)
+    terms = erasing_repulsion_loss(gpp, gpp, torch.eye(2), torch.tensor([1, 0]), min_hard=1, eps=1e-12)
+    terms.total.backward()
+    assert terms.distance.eq(0).all()
+    assert gpp.grad.isfinite().all()

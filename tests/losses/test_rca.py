@@ -316,7 +316,7 @@ EMBEDDING, CAM, LABELS, MEMORY, MIX = random_case()
         (
             lambda: regional_contrast_loss(EMBEDDING, CAM, LABELS, MEMORY, reduction="max"),
             ValueError,
-            r'reduction: expected "sum", "mean" or "none", got \'max\'',
+            r'reduction: expected "mean", "sum" or "none", got \'max\'',
         ),
     ],
     ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",

@@ -295,3 +295,8 @@ LOGITS = torch.zeros(4, 4)
 def test_messages_name_argument_expected_and_given(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_no_class_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"labels: expected at least one class, got shape \(2, 0\)"):
+        sce_reactivation_loss(torch.zeros(2, 0, 3), torch.zeros(2, 0), torch.zeros(0, 3))

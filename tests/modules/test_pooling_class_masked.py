@@ -176,3 +176,8 @@ FEATURES, CAM = (x.float() for x in maps())
 def test_messages_name_argument_expected_and_given(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_mass_of_an_empty_mask_gives_zeros_without_eps() -> None:
+    pooled = class_masked_pooling(torch.ones(1, 2, 3, 3), torch.zeros(1, 4, 3, 3), pool="mass", eps=0.0)
+    assert torch.equal(pooled, torch.zeros(1, 4, 2))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from wsss_modules._checks import check_floating, check_integer, check_ndim, check_shape
-from wsss_modules._distributed import gather_batch
+from wsss_modules._distributed import gather_over_processes
+from wsss_modules._precision import at_least_float32
 
 
 class OnlineAttentionAccumulator(nn.Module):
@@ -98,11 +99,11 @@ class OnlineAttentionAccumulator(nn.Module):
         shape = (len(index), self.rows.shape[1])
         check_shape("cam", cam, (*shape, *self.maps.shape[1:]), "to match index and this accumulator")
         check_shape("probability", probability, shape, "to match cam")
-        positive = cam.detach().to(torch.promote_types(cam.dtype, torch.float32)).clamp(min=0)
+        positive = at_least_float32(cam.detach()).clamp(min=0)
         scaled = 255 * positive / (positive.amax((2, 3), keepdim=True) + self.eps)
         bytes_ = scaled.nan_to_num(0).round().to(torch.uint8)
         sure = probability >= self.threshold
-        index, bytes_, sure = (gather_batch(x, sync) for x in (index, bytes_, sure))
+        index, bytes_, sure = (gather_over_processes(x.detach(), sync) for x in (index, bytes_, sure))
         if len(self.maps) == 0:
             return
         rows = self.rows[index]  # (B, K)

@@ -11,7 +11,7 @@ from einops import einsum
 from torch import Tensor, nn
 
 from wsss_modules._checks import check_floating, check_ndim, check_shape
-from wsss_modules._distributed import gather_batch
+from wsss_modules._distributed import gather_over_processes
 from wsss_modules.memory.regions import RegionPool, pool_masks, region_mask
 from wsss_modules.prototypes import kmeans
 
@@ -146,7 +146,7 @@ class RegionMemoryBank(nn.Module):
         regions = regions.to(self.slots.dtype)
         selected = selected.bool() & regions.isfinite().all(2)
         regions = torch.where(selected[..., None], regions, 0.0)
-        regions, selected = gather_batch(regions, sync), gather_batch(selected, sync)
+        regions, selected = (gather_over_processes(x.detach(), sync) for x in (regions, selected))
 
         rank = selected.long().cumsum(0) - 1  # (B, K) place of a region among the new ones of its class
         count = selected.sum(0)  # (K,)

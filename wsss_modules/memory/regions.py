@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wsss_modules._checks import check_floating, check_ndim, check_shape
+from wsss_modules._precision import at_least_float32
 
 
 class RegionPool(NamedTuple):
@@ -75,7 +76,7 @@ def region_mask(cam: Tensor) -> Tensor:
     check_ndim("cam", cam, 4, "(B, K, H, W)")
     check_floating("cam", cam)
     cam = cam.detach()
-    probability = cam.to(torch.promote_types(cam.dtype, torch.float32)).softmax(1)
+    probability = at_least_float32(cam).softmax(1)
     if probability.shape[2:].numel() == 0 or probability.shape[1] == 0:
         return torch.zeros_like(probability, dtype=torch.bool)
     low, high = probability.amin((2, 3), keepdim=True), probability.amax((2, 3), keepdim=True)
@@ -126,7 +127,7 @@ def region_pool(features: Tensor, cam: Tensor) -> RegionPool:
 def pool_masks(features: Tensor, mask: Tensor) -> RegionPool:
     """Mean of ``features`` (B, D, H, W) over each of the masks (B, K, H, W)."""
     area = mask.sum((2, 3))
-    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    wide = at_least_float32(features)
     with torch.autocast(features.device.type, enabled=False):
         total = wide.flatten(2) @ mask.flatten(2).to(wide.dtype).mT  # (B, D, K)
     return RegionPool(total.mT / area.clamp(min=1)[..., None], area)

@@ -67,7 +67,8 @@ def class_masked_pooling(
     dtype = torch.promote_types(torch.promote_types(features.dtype, cam.dtype), torch.float32)
     with torch.autocast(features.device.type, enabled=False):
         x, a = (tensor.to(dtype).flatten(2) for tensor in (features, cam))  # (B, D, N), (B, K, N)
-        size = max(1, x.shape[2]) if pool == "mean" else a.sum(2, keepdim=True) + eps
+        mass = a.sum(2, keepdim=True) + eps
+        size = max(1, x.shape[2]) if pool == "mean" else mass.clamp(min=torch.finfo(dtype).tiny)
         return (a @ x.mT / size).to(features.dtype)
 
 
