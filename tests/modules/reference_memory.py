@@ -37,12 +37,16 @@ def update(bank: RegionMemoryBank, features: Tensor, cam: Tensor, labels: Tensor
 
 
 def aggregate(layer: SemanticAggregation, features: Tensor, prototypes: Tensor) -> Tensor:
-    """The read-out with its (B, H W, P) similarities, without softmax."""
+    """The read-out with its (B, H W, P) similarities, as released or with a softmax."""
     batch, _, height, width = features.shape
     num_classes, per_class, channels = prototypes.shape
     rows = prototypes.reshape(num_classes * per_class, channels)
     query = layer.query(features).flatten(2).transpose(1, 2)  # (B, H W, D)
-    similarity = torch.matmul(query, layer.key(rows).t()) / per_class * num_classes
+    similarity = torch.matmul(query, layer.key(rows).t())
+    if layer.softmax:
+        similarity = (similarity / channels**0.5).softmax(2)
+    else:
+        similarity = similarity / per_class * num_classes
     read = torch.matmul(similarity, layer.value(rows)).transpose(1, 2).reshape(batch, channels, height, width)
     return layer.project(torch.cat([features, layer.aggregate(read)], 1))
 

@@ -21,9 +21,12 @@ def layer_and_inputs(
     return layer, torch.randn(2, channels, 3, 4).double(), torch.randn(classes, per_class, channels).double()
 
 
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 8))
-def test_folded_read_out_equals_the_one_with_similarities(classes: int, per_class: int, channels: int) -> None:
-    layer, features, prototypes = layer_and_inputs(classes, per_class, channels)
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 8), st.booleans())
+def test_folded_read_out_equals_the_one_with_similarities(
+    classes: int, per_class: int, channels: int, softmax: bool
+) -> None:
+    options = {"scale": channels**-0.5, "softmax": True} if softmax else {}
+    layer, features, prototypes = layer_and_inputs(classes, per_class, channels, **options)
     features.requires_grad_()
     leaves = [features, *layer.parameters()]
     cotangent = torch.randn(2, channels, 3, 4).double()
@@ -100,7 +103,7 @@ def test_aggregation_compiles(softmax: bool) -> None:
 
 
 @pytest.mark.parametrize("softmax", [False, True])
-def test_autocast_gives_its_own_precision_and_keeps_the_fold_in_float32(softmax: bool) -> None:
+def test_autocast_gives_its_own_precision(softmax: bool) -> None:
     layer, features, prototypes = layer_and_inputs(channels=16, softmax=softmax)
     exact = layer(features, prototypes)
     layer, features, prototypes = layer.float(), features.float(), prototypes.float()
@@ -108,11 +111,14 @@ def test_autocast_gives_its_own_precision_and_keeps_the_fold_in_float32(softmax:
         low = layer(features, prototypes)
     assert low.dtype == torch.bfloat16
     assert (low.double() - exact).abs().max() < 0.05 * exact.abs().max()
-    if not softmax:
-        rows = prototypes.flatten(0, 1)
-        plain = layer.folded(rows)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            torch.testing.assert_close(layer.folded(rows), plain, rtol=0, atol=0)
+
+
+def test_weights_are_folded_in_float32_under_autocast() -> None:
+    layer = SemanticAggregation(16, 2)
+    features, prototypes = torch.zeros(1, 16, 1, 1), 100 * torch.randn(3, 2, 16)  # what is left is the folded bias
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = layer(features, prototypes)
+    torch.testing.assert_close(low, layer(features, prototypes).bfloat16(), rtol=0, atol=0)
 
 
 def test_half_precision_layer() -> None:

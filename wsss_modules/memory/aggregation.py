@@ -44,8 +44,8 @@ class SemanticAggregation(nn.Module):
     Notes:
         Without a softmax the read-out is linear in the pixel, so the layer folds into one 1 x 1 convolution, made
         anew from the prototypes at each call: D^2 products a pixel instead of 4 D^2 + 2 P D, and no (P, H, W)
-        similarities to keep. With a softmax it does not fold. The convolution is put together in float32 at least,
-        also under autocast. Works in ``torch.compile(fullgraph=True)``; nothing depends on the batch.
+        similarities to keep. With a softmax the layers on either side of it fold: D^2 + 2 P D. Weights are folded in
+        float32 at least, also under autocast. Works in ``torch.compile(fullgraph=True)``.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -94,31 +94,25 @@ class SemanticAggregation(nn.Module):
         check_floating("features", features)
         check_shape("features", features, (None, channels, None, None), "for this layer")
         check_shape("prototypes", prototypes, (None, self.prototypes, channels), "for this layer")
-        rows = rearrange(prototypes.detach(), "k m d -> (k m) d").to(self.key.weight.dtype)
+        own, similar, offset, back, bias = self._folded(rearrange(prototypes.detach(), "k m d -> (k m) d"))
         if self.softmax:
-            return self._attend(features, rows)
-        weight, bias = self.folded(rows)
-        return F.conv2d(features, weight[:, :, None, None].to(features.dtype), bias.to(features.dtype))
+            attention = _at_each_pixel(features, similar, offset).softmax(1)
+            return _at_each_pixel(features, own, bias) + _at_each_pixel(attention, back)
+        with torch.autocast(features.device.type, enabled=False):
+            own, bias = own + back @ similar, bias + back @ offset
+        return _at_each_pixel(features, own, bias)
 
-    def folded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer without softmax as one linear map: weight (D, D) and bias (D,) from prototypes (P, D)."""
+    def _folded(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The layer ``own x + back sigma(similar x + offset) + bias`` from prototypes (P, D)."""
+        dtype = torch.promote_types(self.key.weight.dtype, torch.float32)
+        rows = rows.to(dtype)
         with torch.autocast(rows.device.type, enabled=False):
-            wide = torch.promote_types(rows.dtype, torch.float32)
-            key, value = (F.linear(rows.to(wide), *_weights(layer, wide)) for layer in (self.key, self.value))
-            (wa, ba), (wq, bq) = _weights(self.aggregate, wide), _weights(self.query, wide)
-            both, bias = _weights(self.project, wide)
-            wx, wr = both.chunk(2, dim=1)
-            out = wr @ (wa @ value.T)  # (D, P): P is small, so this order is the cheap one
-            factor = self._factor(len(rows))
-            weight = wx + out @ (factor * (key @ wq))
-            bias = bias + wr @ ba + out @ (factor * (key @ bq))
-        return weight, bias
-
-    def _attend(self, features: Tensor, rows: Tensor) -> Tensor:
-        similarity = torch.einsum("b d h w, p d -> b p h w", self.query(features), self.key(rows))
-        attention = (self._factor(len(rows)) * similarity).softmax(1)
-        read = torch.einsum("b p h w, p d -> b d h w", attention, self.value(rows))
-        return self.project(torch.cat([features, self.aggregate(read)], 1))
+            key, value = (F.linear(rows, *_weights(layer, dtype)) for layer in (self.key, self.value))  # (P, D)
+            (wa, ba), (wq, bq) = _weights(self.aggregate, dtype), _weights(self.query, dtype)
+            weight, bias = _weights(self.project, dtype)
+            own, read = weight.chunk(2, dim=1)
+            key = self._factor(len(rows)) * key
+            return own, key @ wq, key @ bq, read @ (wa @ value.mT), bias + read @ ba
 
     def _factor(self, rows: int) -> float:
         if self.scale == "released":
@@ -135,6 +129,11 @@ class SemanticAggregation(nn.Module):
     def extra_repr(self) -> str:
         """Show the options."""
         return f"prototypes={self.prototypes}, scale={self.scale!r}, softmax={self.softmax}"
+
+
+def _at_each_pixel(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``weight`` (out, in) as a 1 x 1 convolution, in the precision of ``x``."""
+    return F.conv2d(x, weight[:, :, None, None].to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _weights(layer: nn.Conv2d | nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
