@@ -64,8 +64,9 @@ Of the systems that train the classifier differently, all on the same backbone, 
   are then the prior of its second phase. Pixels of a present class are only held to a share of the image, while those
   of absent classes are pushed down one by one, so that silence is cheap for classes that are easily confused.
 - `aeft` and `occse` lost to the plain CAM in first runs. AEFT's triplets made its maps spread over the background, and
-  OC-CSE's second network had not learnt the tags by the end. Their presets have been changed since, for reasons that
-  need no pixel labels of these photographs, and not been run again; they have no row.
+  OC-CSE's second network had not learnt the tags by the end. After those figures were seen their presets were changed
+  (maps of stride 16 for AEFT's pyramid, the classifier's weights as the start of OC-CSE's second network); they have
+  not been run again and have no row.
 """
 
 
