@@ -190,7 +190,7 @@ def sim_max_loss(
     nearest = similarity.topk(kept, dim=1).values  # (N, k), descending; faster than a sort even where all are kept
     ranks = torch.arange(kept, device=features.device, dtype=similarity.dtype)
     weights = torch.exp(-alpha * (ranks - 1))  # (k,)
-    cost = -torch.log(nearest.clamp(LEAST, LARGEST)) * weights  # (N, k)
+    cost = torch.log(nearest.clamp(LEAST, LARGEST)) * -weights  # (N, k)
     if normalize == "n2":
         return reduce(cost.sum(1), reduction, count * count).to(features.dtype)
     rows = cost[:, 1:].sum(1)  # rank 0 is the row itself, or one as similar to it, which comes to the same
