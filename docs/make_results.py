@@ -56,7 +56,9 @@ Of the systems that train the classifier differently, all on the same backbone, 
 - `c2am` leaves the CAMs as they are and replaces the constant background score by a cue learnt without labels. The cue
   has been through the CRF, so that a second CRF adds little, and against `cam` with a CRF it loses: it is no better
   than its backbone, which here has seen ImageNet's classes and is trained for 100 steps of 64 images, where the paper
-  has a self-supervised ResNet-50, 128 images and a saliency network on top.
+  has a self-supervised ResNet-50, 128 images and a saliency network on top. The row was made while the last stages of
+  the backbone still trained; the preset now keeps all of it as pretrained, and has not been run again (nor has `rca`,
+  which was given these maps).
 - `rca` needs saliency and was given that of `c2am`; its row is not image tags alone. Its maps are the maximum over the
   epochs of one view of 224 pixels, without scales and mirror images, and cover too much: their best threshold is far
   above the fixed one. Masks leave some pixels undecided, which count as wrong.
