@@ -31,6 +31,8 @@ __all__ = [
     "threshold_cue",
 ]
 
+_LEAST_NORM = 1e-12
+
 
 class RegionFeatures(NamedTuple):
     """What `pool_two_regions` returns: (B, D) features of the region of the map, ``fg``, and of the rest, ``bg``."""
@@ -447,25 +449,37 @@ def pairwise_cosine_similarity(
         check_floating("b", b)
     dtype = torch.promote_types(a.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
-        unit = F.normalize(a.to(dtype), dim=1)
-        similarity = _Gram.apply(unit) if b is None else unit @ F.normalize(b.to(dtype), dim=1).mT
+        if b is None:
+            similarity = _SelfSimilarity.apply(a.to(dtype))
+        else:
+            units = (F.normalize(rows.to(dtype), dim=1, eps=_LEAST_NORM) for rows in (a, b))
+            similarity = next(units) @ next(units).mT
     return similarity if clamp is None else similarity.clamp(*clamp)
 
 
-class _Gram(torch.autograd.Function):
-    """x xᵀ, whose gradient is taken as (g + gᵀ) x: one product where autograd would make g x and gᵀ x."""
+class _SelfSimilarity(torch.autograd.Function):
+    """Cosine similarities s of the rows of x with each other.
+
+    With H = g + gᵀ, the gradient is D (H - diag(c)) D x, where D holds 1 / |x_i| and c_i = sum_j H_ij s_ij takes the
+    part along x_i off: one product, and the rest N x N. Autograd would take two products and several passes over x.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return x @ x.mT
+        unit = F.normalize(x, dim=1, eps=_LEAST_NORM)
+        return unit @ unit.mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return (grad + grad.mT) @ x
+        x, similarity = ctx.saved_tensors
+        norm = torch.linalg.vector_norm(x, dim=1)
+        both = grad + grad.mT
+        along = torch.where(norm > _LEAST_NORM, (both * similarity).sum(1), 0.0)
+        scale = 1 / norm.clamp(min=_LEAST_NORM)
+        return (scale[:, None] * (both - torch.diag_embed(along)) * scale) @ x
