@@ -7,7 +7,8 @@
 A classifier whose image scores come from a pyramid of its class maps in place of their average. After some epochs
 each image gets two companions: a copy without its most activated area, whose pyramid is pulled to that of the image,
 and an image without a common class, whose pyramid is pushed away. Nobody says what an erased image must be classified
-as, which is what drives plain erasing over the borders of objects.
+as, which is what drives plain erasing over the borders of objects. The network starts from ImageNet in ``paper``, from
+a plain classifier in the shorter presets.
 
     python -m recipes run aeft                                      # built-in demo data, two CPU cores
     python -m recipes run aeft --preset paper --data voc:PATH --gpp.weights FILE --affinity.weights FILE
@@ -24,6 +25,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -31,9 +33,9 @@ from torchvision.transforms import v2
 from recipes import rw
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import CamConfig, write_cams
-from recipes.pipeline.classification import ClassifyConfig, classifier_trunk
+from recipes.pipeline.classification import ClassifyConfig, make_trunk, train_classifier
 from recipes.pipeline.labels import measure_cams
-from recipes.pipeline.models import Trunk
+from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, start
@@ -47,7 +49,7 @@ from recipes.pipeline.training import (
     fit,
     two_speed_groups,
 )
-from wsss_losses import erasing_attraction_loss, erasing_repulsion_loss
+from wsss_losses import AEFTLoss
 from wsss_modules import DisjointNegatives, GatedPyramidPooling, SoftErase, sample_disjoint_negatives
 
 
@@ -77,9 +79,13 @@ class TripletConfig:
 class Config(RunConfig):
     """Settings of a run."""
 
+    classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
+    """The plain classifier, whose weights the other may start from."""
     gpp: ClassifyConfig = field(
         default_factory=lambda: replace(
-            CLASSIFY["demo"], schedule=Schedule(epochs=3, batch_size=16, lr=0.005, head_lr=0.05, power=0.3)
+            CLASSIFY["demo"],
+            weights="classifier",
+            schedule=Schedule(epochs=3, batch_size=16, lr=0.005, head_lr=0.05, power=0.3),
         )
     )
     """The classifier with gated pyramid pooling, and its epochs without triplets."""
@@ -143,27 +149,25 @@ class PyramidClassifier(nn.Module):
         copy = self.head(self.trunk(images * mask).final)
         return Output(logits, cam, gpp, mask, self.pooling(copy).gpp)
 
+    @torch.no_grad()
+    def start_as(self, classifier: Classifier) -> None:
+        """Show half of the maps of ``classifier``, whose score is then about that of the map and not of its square."""
+        first, second, weight = self.head[0].weight, self.head[2].weight, classifier.head.classifier.weight.cpu()
+        classes = len(weight)
+        if len(first) < 2 * classes:
+            raise ValueError(f"classes: expected at most {len(first) // 2} for a head of {len(first)}, got {classes}")
+        first[: 2 * classes] = torch.cat([weight, -weight])  # a map is its positive part less its negative part
+        second.zero_()
+        second[:, : 2 * classes, 0, 0] = torch.cat([torch.eye(classes), -torch.eye(classes)], 1) / 2
 
-class Terms(NamedTuple):
-    """``loss``, the weighted sum; the three terms; and how many images had a near negative."""
 
-    loss: Tensor
-    classification: Tensor
-    attraction: Tensor
-    repulsion: Tensor
-    hard: Tensor
-
-
-def triplet_loss(
-    out: Output, labels: Tensor, negatives: DisjointNegatives, config: TripletConfig, classified: int, sync: bool
-) -> Terms:
-    """The loss of a step with triplets; of the batch, the first ``classified`` images are classified."""
-    classification = F.binary_cross_entropy_with_logits(out.logits[:classified], labels[:classified])
-    attraction = erasing_attraction_loss(out.gpp, out.gpp_masked, labels)
-    options = {"margin": config.margin, "threshold": config.exclude, "min_hard": config.min_hard}
-    repulsion, _, hard = erasing_repulsion_loss(out.gpp, out.cam, labels, *negatives, **options, sync=sync)
-    loss = classification + config.attraction * attraction + config.repulsion * repulsion
-    return Terms(loss, classification, attraction, repulsion, hard)
+def pyramid_classifier(run: Run, config: Config, classifier: Classifier | None) -> PyramidClassifier:
+    trunk = make_trunk(run, config.gpp, config.gpp.output_stride, classifier and classifier.trunk)
+    erase = SoftErase(config.triplet.erase, detach_mask=config.triplet.detach_mask)
+    model = PyramidClassifier(trunk, len(run.dataset.classes), erase)
+    if classifier is not None:
+        model.start_as(classifier)
+    return model
 
 
 def negatives_of(run: Run, labels: Tensor) -> DisjointNegatives:
@@ -179,14 +183,22 @@ def train(run: Run, model: PyramidClassifier, config: Config, stage: str) -> Non
     """Train without triplets (stage ``gpp``) or with them."""
     plain = stage == "gpp"
     schedule, several = (config.gpp if plain else config.triplet).schedule, run.fabric.world_size
-    classified = max(1, config.gpp.schedule.batch_size // several)
+    triplet_loss = AEFTLoss(
+        attraction_weight=config.triplet.attraction,
+        repulsion_weight=config.triplet.repulsion,
+        classified=max(1, config.gpp.schedule.batch_size // several),
+        margin=config.triplet.margin,
+        threshold=config.triplet.exclude,
+        min_hard=config.triplet.min_hard,
+        sync=several > 1,
+    )
 
-    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor | Terms:
+    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor | NamedTuple:
         images, labels = batch["image"], batch["labels"]
         if plain:
             return F.binary_cross_entropy_with_logits(model(images).logits, labels)
         out = model(images, labels)
-        return triplet_loss(out, labels, negatives_of(run, labels), config.triplet, classified, sync=several > 1)
+        return triplet_loss(out.logits, out.gpp, out.gpp_masked, out.cam, labels, *negatives_of(run, labels))
 
     options, trunk = config.gpp, model.trunk
     resize = RandomLongSide(*options.long_side)
@@ -206,8 +218,10 @@ PRESETS = {
     # gives it the same mean; the second is the rest of it. The rates are a quarter of the plain classifier's: the score
     # is a product of two maps, and at the full ones it learnt nothing.
     "small": Config(
+        classify=CLASSIFY["small"],
         gpp=replace(
             CLASSIFY["small"],
+            weights="classifier",
             output_stride=16,
             schedule=Schedule(epochs=2, batch_size=16, lr=0.005, head_lr=0.05, power=0.3),
         ),
@@ -245,7 +259,8 @@ PRESETS = {
     ),
     "tiny": Config(
         data="demo:tiny",
-        gpp=CLASSIFY["tiny"],
+        classify=CLASSIFY["tiny"],
+        gpp=replace(CLASSIFY["tiny"], weights="classifier"),
         triplet=TripletConfig(min_hard=1, schedule=CLASSIFY["tiny"].schedule),
         cams=CAMS["tiny"],
         affinity=trusted(rw.PRESETS["tiny"].affinity),
@@ -256,11 +271,16 @@ PRESETS = {
 
 
 def main(config: Config) -> dict:
-    run = start("aeft", config, takes=())
+    goes_on = config.gpp.weights == "classifier"
+    run = start("aeft", config, takes=("classify",) if goes_on else ())
+    classifier = None
+
+    if goes_on:
+        with run.stage("classify", "Plain classifier to start from"):
+            classifier = train_classifier(run, config.classify)
 
     with run.stage("gpp", "Classifier with gated pyramid pooling"):
-        erase = SoftErase(config.triplet.erase, detach_mask=config.triplet.detach_mask)
-        model = PyramidClassifier(classifier_trunk(run, config.gpp), len(run.dataset.classes), erase)
+        model = pyramid_classifier(run, config, classifier)
         train(run, model, config, "gpp")
 
     with run.stage("triplet", "Triplets of images, erased images and negatives"):

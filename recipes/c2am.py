@@ -25,44 +25,30 @@ The released inversion of a map that fires on the background moves its threshold
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import CamConfig, read_cam, write_cams
-from recipes.pipeline.classification import ClassifyConfig, train_classifier
-from recipes.pipeline.data import IGNORE, ImageSet
-from recipes.pipeline.evaluation import FIXED, evaluate_masks
-from recipes.pipeline.labels import measure_cams, measured_lists, refine_masks, write_masks
-from recipes.pipeline.models import Trunk, build_trunk, freeze_stages
+from recipes.pipeline.classification import ClassifyConfig, make_trunk, train_classifier
+from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
+from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, start
-from recipes.pipeline.saliency import read_saliency, save_saliency
+from recipes.pipeline.saliency import is_object, measure_saliency, read_saliency, save_saliency
 from recipes.pipeline.segmentation import (
     SegmentConfig,
-    Segmenter,
     segmentation_from_masks,
     segmentation_probabilities,
+    train_segmentation,
 )
-from recipes.pipeline.training import (
-    MaskedCrops,
-    Moment,
-    RandomScale,
-    Schedule,
-    crop_transform,
-    fit,
-    scaled_size,
-    two_speed_groups,
-)
+from recipes.pipeline.training import Moment, Schedule, TaggedCrops, crop_transform, fit, scaled_size, two_speed_groups
 from recipes.pipeline.views import image_tensor, view
 from wsss_losses import C2AMLoss
 from wsss_modules import (
@@ -84,12 +70,12 @@ class ContrastConfig:
 
     backbone: str = "tf_efficientnet_lite0"
     """timm name, or NAME-irn for an undilated stride-16 ResNet; its last two levels are joined."""
-    weights: str = "imagenet"
-    """imagenet, random or a file, such as the encoder of a self-supervised network."""
+    weights: str = "classifier"
+    """classifier, imagenet, random or a file, such as the encoder of a self-supervised network."""
     output_stride: int = 32
     """Pixels per cell of the last level while training; it is brought to the cells of the level before."""
     frozen_stages: int | None = None
-    """Stem and stages that keep their pretrained weights; None: the whole backbone, only the map is learnt."""
+    """Stem and stages that keep their weights; None: the whole backbone, so that only the map is learnt."""
     side: int = 256
     """The images are resized to squares of so many pixels a side,"""
     crop: int = 224
@@ -162,30 +148,9 @@ class DisentanglingNet(nn.Module):
         return out
 
 
-class SquareCrops(Dataset):
-    """``image`` (3, crop, crop): photographs, and nothing else."""
-
-    def __init__(self, run: Run, config: ContrastConfig, trunk: Trunk) -> None:
-        self.run, self.names = run, run.train
-        square = v2.Resize((config.side, config.side), v2.InterpolationMode.BICUBIC, antialias=True)
-        self.transform = crop_transform(square, config.crop, trunk.mean, trunk.std)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        image = self.transform(tv_tensors.Image(self.run.dataset.image(self.names[index])))
-        return {"image": image.as_subclass(Tensor)}
-
-
-def train_contrast(run: Run, config: ContrastConfig) -> DisentanglingNet:
+def train_contrast(run: Run, classifier: Classifier, config: ContrastConfig) -> DisentanglingNet:
     """Foregrounds together, backgrounds together, the two apart; without labels."""
-    weights = "random" if run.config.max_steps is not None else config.weights
-    trunk = build_trunk(config.backbone, weights, config.output_stride)
-    if config.frozen_stages is None:
-        trunk.requires_grad_(False)
-    else:
-        freeze_stages(trunk.body, config.frozen_stages)
+    trunk = make_trunk(run, config, config.output_stride, classifier.trunk)
     model = DisentanglingNet(trunk, config.border)
     loss = C2AMLoss(
         alpha=config.alpha,
@@ -198,8 +163,10 @@ def train_contrast(run: Run, config: ContrastConfig) -> DisentanglingNet:
         regions = model(batch["image"], watch=at.epoch == at.epochs - 1)
         return loss(regions.fg, regions.bg)
 
+    square = v2.Resize((config.side, config.side), v2.InterpolationMode.BICUBIC, antialias=True)
+    crops = TaggedCrops(run.dataset, run.train, crop_transform(square, config.crop, trunk.mean, trunk.std))
     groups = two_speed_groups(model, [model.head], config.schedule)
-    fit(run, "contrast", model, SquareCrops(run, config, trunk), loss_of, groups, config.schedule)
+    fit(run, "contrast", model, crops, loss_of, groups, config.schedule)
     if run.fabric.world_size > 1:  # each process has counted its own images since the last exchange
         model.load_state_dict(torch.load(run.path("checkpoints", "contrast.pt"), weights_only=True)["model"])
     inverted, border = model.polarity.polarity()
@@ -233,62 +200,19 @@ def write_cues(run: Run, model: DisentanglingNet, config: CueConfig, folder: str
     run.for_each(run.train, lambda name: run.path(folder, f"{name}.png"), work)
 
 
-def train_saliency(run: Run, config: SegmentConfig) -> Segmenter:
-    """A segmentation network of two classes on the cues, which evens out their mistakes."""
-    model = Segmenter(config if run.config.max_steps is None else replace(config, weights="random"), 2)
-    transform = crop_transform(RandomScale(*config.scale), config.crop, model.mean, model.std)
-    crops = MaskedCrops(run.dataset, run.train, lambda name: _is_object(read_saliency(run, name, "cue")), transform)
-
-    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
-        logits = F.interpolate(model(batch["image"]), batch["mask"].shape[-2:], mode="bilinear", align_corners=False)
-        labelled = (batch["mask"] != IGNORE).sum().clamp(min=1)
-        return F.cross_entropy(logits, batch["mask"], ignore_index=IGNORE, reduction="sum") / labelled
-
-    groups = two_speed_groups(model, model.head_modules, config.schedule)
-    fit(run, "saliency", model, crops, loss_of, groups, config.schedule)
-    return model
-
-
-def write_saliency(run: Run, model: Segmenter, config: SegmentConfig) -> None:
-    model.to(run.fabric.device, memory_format=torch.channels_last).eval()
+def refine_cues(run: Run, config: SegmentConfig) -> None:
+    """Even out the mistakes of the cues by a segmentation network of two classes that is trained on them."""
+    cues = train_segmentation(
+        run, lambda name: is_object(read_saliency(run, name, "cue")), config, num_classes=2, stage="saliency"
+    )
+    cues.to(run.fabric.device, memory_format=torch.channels_last).eval()
 
     @torch.no_grad()
     def work(name: str) -> None:
         image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
-        save_saliency(run, name, segmentation_probabilities(model, image, config.test_scales)[1].cpu().numpy())
+        save_saliency(run, name, segmentation_probabilities(cues, image, config.test_scales)[1].cpu().numpy())
 
     run.for_each(run.train, lambda name: run.path("saliency", f"{name}.png"), work)
-
-
-class _Objects:
-    """The masks of a data set with one class: any object."""
-
-    classes = ("object",)
-
-    def __init__(self, dataset: ImageSet) -> None:
-        self.dataset = dataset
-
-    def mask(self, name: str) -> np.ndarray | None:
-        mask = self.dataset.mask(name)
-        return mask if mask is None else np.where(mask == IGNORE, IGNORE, np.minimum(mask, 1))
-
-
-def _is_object(saliency: np.ndarray) -> np.ndarray:
-    return (saliency > 0.5).astype(np.uint8)
-
-
-def measure_saliency(run: Run) -> None:
-    """Foreground and background of the maps against those of the masks: the classes all taken as one."""
-    for split, names in measured_lists(run, "saliency", ".png").items():
-        measured = evaluate_masks(
-            lambda name: _is_object(read_saliency(run, name)),
-            _Objects(run.dataset),
-            names,
-            what="saliency",
-            split=split,
-            workers=run.config.workers,
-        )
-        run.measured(replace(measured, threshold=0.5, threshold_from=FIXED))
 
 
 def refined_mask(run: Run, name: str) -> Tensor:
@@ -319,6 +243,7 @@ PRESETS = {
         threshold=0.15,
         contrast=ContrastConfig(
             backbone="resnet50-irn",
+            weights="imagenet",
             output_stride=16,
             frozen_stages=0,
             side=512,
@@ -360,14 +285,14 @@ def main(config: Config) -> dict:
         measure_cams(run, config.threshold)
 
     with run.stage("contrast", "Two regions, without labels"):
-        net = train_contrast(run, config.contrast)
+        net = train_contrast(run, classifier, config.contrast)
 
     with run.stage("cues", "Class-agnostic maps, and a dense CRF"):
         write_cues(run, net, config.cue, "cue" if config.cue.network else "saliency")
 
     if config.cue.network:
         with run.stage("saliency", "Saliency network from the maps"):
-            write_saliency(run, train_saliency(run, config.saliency), config.saliency)
+            refine_cues(run, config.saliency)
 
     with run.stage("masks", "Masks: CAMs against the background cue, and a dense CRF"):
         measure_saliency(run)

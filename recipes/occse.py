@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from recipes import rw
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import CamConfig, write_cams
-from recipes.pipeline.classification import ClassifyConfig, classifier_trunk, tagged_crops, train_classifier
+from recipes.pipeline.classification import ClassifyConfig, make_trunk, tagged_crops, train_classifier
 from recipes.pipeline.labels import measure_cams
 from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
@@ -52,15 +52,8 @@ class ErasingConfig:
     """Weight of the judge's loss in the last epoch."""
     normalise: Literal["batch", "image"] = "batch"
     """What divides the map that erases: its maximum over the batch, as released, or over the image."""
-    start: Literal["pretrained", "classifier"] = "pretrained"
-    """Weights that the second network starts from: pretrained ones, as published, or the classifier's."""
     parts: int | None = None
     """Save memory: recompute the judge's activations for so many parts of the batch, one after the other."""
-
-
-# Published are 20,000 steps. In a few hundred a new network would only just learn the classes (its own classification
-# loss ends well above the classifier's), so in short schedules it takes over what that one knows and learns extent.
-SHORT = ErasingConfig(start="classifier")
 
 
 @dataclass(frozen=True)
@@ -69,9 +62,9 @@ class Config(RunConfig):
 
     classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
     """The ordinary classifier, which becomes the judge."""
-    learner: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
+    learner: ClassifyConfig = field(default_factory=lambda: replace(CLASSIFY["demo"], weights="classifier"))
     """The network whose maps erase."""
-    erasing: ErasingConfig = SHORT
+    erasing: ErasingConfig = field(default_factory=ErasingConfig)
     cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
     threshold: float = 0.25
     """Background score at which the CAMs themselves are measured."""
@@ -109,14 +102,13 @@ class Learner(nn.Module):
 
 def train_learner(run: Run, classifier: Classifier, config: ClassifyConfig, erasing: ErasingConfig) -> Learner:
     """Train the second network under the judgement of the first, which stays as it is and outside the checkpoint."""
-    model = Learner(classifier_trunk(run, config), len(run.dataset.classes), config.dropout)
+    trunk = make_trunk(run, config, config.output_stride, classifier.trunk)
+    model = Learner(trunk, len(run.dataset.classes), config.dropout)
     seen_by = {(trunk.mean, trunk.std) for trunk in (model.trunk, classifier.trunk)}
     if len(seen_by) > 1:
         raise ValueError(f"learner.backbone: expected the normalisation of the classifier's images, got {seen_by}")
-    if erasing.start == "classifier":
-        if config.backbone != classifier.trunk.name:
-            raise ValueError(f"erasing.start: the classifier is {classifier.trunk.name}, the learner {config.backbone}")
-        model.load_state_dict(classifier.state_dict())
+    if config.weights == "classifier":
+        model.head.load_state_dict(classifier.head.state_dict())
     judge = FrozenClassifier(classifier, parts=erasing.parts)
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> NamedTuple:
@@ -136,12 +128,14 @@ def train_learner(run: Run, classifier: Classifier, config: ClassifyConfig, eras
     return model
 
 
+# Published are 20,000 steps. In a few hundred a new network would only just learn the classes (its own classification
+# loss ends well above the classifier's), so in short schedules it takes over what that one knows and learns extent.
 PRESETS = {
     "demo": Config(),
     # As many epochs for the learner as for the classifier; each of its steps costs about twice as much.
     "small": Config(
         classify=CLASSIFY["small"],
-        learner=CLASSIFY["small"],
+        learner=replace(CLASSIFY["small"], weights="classifier"),
         cams=CAMS["small"],
         affinity=affinity_of("small"),
         walk=rw.PRESETS["small"].walk,
@@ -158,7 +152,6 @@ PRESETS = {
             double_biases=False,
             schedule=Schedule(epochs=15, batch_size=8, lr=0.01, head_lr=0.01, weight_decay=5e-4, momentum=5e-4),
         ),
-        erasing=ErasingConfig(),
         cams=CAMS["paper"],
         threshold=0.2,
         affinity=affinity_of("paper"),
@@ -168,7 +161,7 @@ PRESETS = {
     "tiny": Config(
         data="demo:tiny",
         classify=CLASSIFY["tiny"],
-        learner=CLASSIFY["tiny"],
+        learner=replace(CLASSIFY["tiny"], weights="classifier"),
         cams=CAMS["tiny"],
         affinity=affinity_of("tiny"),
         walk=rw.PRESETS["tiny"].walk,

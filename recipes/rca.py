@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import read_cam
+from recipes.pipeline.cams import read_cam, save_cam
+from recipes.pipeline.classification import ClassifyConfig, make_trunk, train_classifier
 from recipes.pipeline.labels import measure_cams, measure_masks, refine_masks, threshold_mask, write_masks
-from recipes.pipeline.models import Trunk, build_trunk, freeze_stages
-from recipes.pipeline.presets import SEGMENT
+from recipes.pipeline.models import Classifier, Trunk
+from recipes.pipeline.presets import CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, save_arrays, start
+from recipes.pipeline.run import Run, RunConfig, start
 from recipes.pipeline.saliency import saliency_source
 from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
 from recipes.pipeline.training import Moment, Schedule, TaggedCrops, fit, two_speed_groups
@@ -64,8 +65,8 @@ class RCAConfig:
 
     backbone: str = "tf_efficientnet_lite0"
     """timm name; vgg16 is dilated to 8 pixels per cell."""
-    weights: str = "imagenet"
-    """imagenet, random or a file."""
+    weights: str = "classifier"
+    """imagenet, random, a file, or classifier, the weights of a plain one."""
     output_stride: int = 16
     """Pixels per cell of the last map (vgg16: always 8)."""
     frozen_stages: int = 3
@@ -98,6 +99,8 @@ class Config(RunConfig):
 
     saliency: str | None = None
     """Saliency maps: a run of c2am or a folder; by default those of the data set; none for masks without."""
+    classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
+    """The plain classifier, whose weights the network may start from."""
     rca: RCAConfig = field(default_factory=RCAConfig)
     threshold: float = 0.25
     """Background score at which the attention maps are measured, and of masks without saliency."""
@@ -170,18 +173,16 @@ def class_maps(channels: int, num_classes: int, stacks: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(width, num_classes, 1, groups=stacks))
 
 
-def rca_trunk(config: RCAConfig) -> Trunk:
+def rca_trunk(run: Run, config: RCAConfig, classifier: Classifier | None) -> Trunk:
     """The backbone; VGG-16 without its last two reductions, at 8 pixels per cell."""
     stride = 32 if config.backbone == "vgg16" else config.output_stride
-    trunk = build_trunk(config.backbone, config.weights, stride)
+    trunk = make_trunk(run, config, stride, classifier and classifier.trunk)
     if config.backbone == "vgg16":
         layers = trunk.body.features
         layers[23], layers[30] = nn.MaxPool2d(3, stride=1, padding=1), nn.Identity()
         for convolution in (layers[24], layers[26], layers[28]):
             convolution.dilation, convolution.padding = (2, 2), (2, 2)
         trunk = Trunk(trunk.body, trunk.name, 8, trunk.mean, trunk.std)
-    if config.frozen_stages:
-        freeze_stages(trunk.body, config.frozen_stages)
     return trunk
 
 
@@ -192,12 +193,10 @@ class RCATerms(NamedTuple):
     contrast: Tensor
 
 
-def train_rca(run: Run, config: RCAConfig) -> RCA:
+def train_rca(run: Run, classifier: Classifier | None, config: RCAConfig) -> RCA:
     """Two multi-label losses and the contrast; the memory fills from the start, prototypes are renewed every epoch."""
-    if run.config.max_steps is not None:
-        config = replace(config, weights="random")
     labels = torch.from_numpy(np.stack([run.dataset.labels(name) for name in run.train]))
-    net = RCA(rca_trunk(config), config, labels)
+    net = RCA(rca_trunk(run, config, classifier), config, labels)
     squares = v2.Compose(
         [
             v2.Resize((config.size, config.size), v2.InterpolationMode.BICUBIC),
@@ -249,12 +248,7 @@ def write_attention(run: Run, net: RCA, size: int) -> None:
         scaled = multi_scale_cam(
             [maps], labels[None], tuple(image.shape[-2:]), stride=4, round_to=1, eps=1e-8, subtract_min=True
         )
-        save_arrays(
-            run.path("cam", f"{name}.npz"),
-            keys=scaled.keys.cpu().numpy(),
-            cam=scaled.high_res.half().cpu().numpy(),
-            coarse=scaled.cam.half().cpu().numpy(),
-        )
+        save_cam(run, name, scaled.keys, scaled.high_res, scaled.cam)
 
     run.for_each(run.train + run.val, lambda name: run.path("cam", f"{name}.npz"), work)
 
@@ -280,6 +274,7 @@ def write_fused_masks(run: Run, saliency: Callable[[str], np.ndarray], alpha: fl
 PRESETS = {
     "demo": Config(),
     "small": Config(
+        classify=CLASSIFY["small"],
         rca=RCAConfig(
             frozen_stages=4,
             slots=200,
@@ -292,6 +287,7 @@ PRESETS = {
     "paper": Config(
         rca=RCAConfig(
             backbone="vgg16",
+            weights="imagenet",
             output_stride=8,
             frozen_stages=0,
             channels=512,
@@ -306,6 +302,7 @@ PRESETS = {
     ),
     "tiny": Config(
         data="demo:tiny",
+        classify=CLASSIFY["tiny"],
         rca=RCAConfig(channels=32, slots=8, schedule=Schedule(epochs=2, batch_size=4, lr=0.005, head_lr=0.05)),
         segment=SEGMENT["tiny"],
     ),
@@ -313,11 +310,17 @@ PRESETS = {
 
 
 def main(config: Config) -> dict:
-    run = start("rca", config, takes=())
+    goes_on = config.rca.weights == "classifier"
+    run = start("rca", config, takes=("classify",) if goes_on else ())
     saliency = None if config.saliency == "none" else saliency_source(run, config.saliency)
+    classifier = None
+
+    if goes_on:
+        with run.stage("classify", "Plain classifier to start from"):
+            classifier = train_classifier(run, config.classify)
 
     with run.stage("rca", "Network with a memory of regions"):
-        net = train_rca(run, config.rca)
+        net = train_rca(run, classifier, config.rca)
 
     with run.stage("cams", "Attention maps accumulated in training"):
         write_attention(run, net, config.rca.size)

@@ -31,9 +31,9 @@ from torchvision import tv_tensors
 
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import CamConfig, read_cam, write_cams
-from recipes.pipeline.classification import ClassifyConfig, train_classifier
+from recipes.pipeline.classification import ClassifyConfig, make_trunk, train_classifier
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
-from recipes.pipeline.models import Trunk, build_trunk, freeze_stages
+from recipes.pipeline.models import Trunk
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, save_arrays, start
@@ -190,12 +190,7 @@ def read_scores(run: Run, name: str) -> Scores:
 
 
 def train_affinity(run: Run, classifier: Trunk, options: AffinityConfig) -> AffinityNet:
-    from_classifier = options.weights == "classifier" and options.backbone == classifier.name
-    weights = "random" if from_classifier or run.config.max_steps is not None else options.weights
-    trunk = build_trunk(options.backbone, weights, output_stride=16)
-    if from_classifier:
-        trunk.body.load_state_dict(classifier.body.state_dict())
-    freeze_stages(trunk.body, options.frozen_stages)
+    trunk = make_trunk(run, options, output_stride=16, classifier=classifier)
     model = AffinityNet(trunk, options)
     loss = AffinityLoss(sync=run.fabric.world_size > 1)
 

@@ -36,7 +36,7 @@ from torchvision.transforms import v2
 
 from recipes import rw
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import CamConfig
+from recipes.pipeline.cams import CamConfig, save_cam
 from recipes.pipeline.classification import ClassifyConfig, train_classifier
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Classifier, Trunk, build_trunk, freeze_stages
@@ -91,6 +91,10 @@ class SpatialConfig:
     """Least prior of a tagged class: one that the masks have lost would be taught to be nowhere."""
     released_maps: bool = False
     """Read maps without the temperature and divided by their maximum, not as the probabilities that were trained."""
+    kl_weight: float = 1.0
+    """Weight of the divergence from the prior."""
+    threshold_lr: float = 1e-3
+    """Learning rate of the threshold branch."""
     schedule: Schedule = field(
         default_factory=lambda: Schedule(epochs=3, batch_size=16, lr=1e-4, head_lr=1e-3, weight_decay=5e-4)
     )
@@ -251,10 +255,10 @@ def train_phase(run: Run, stage: str, before: Classifier | SpatialNet, priors: T
             spatial = spatial + 0 * out.threshold_logits.mean()  # DDP wants to see all parameters in each step
         else:
             spatial = threshold_loss(out.threshold_logits, labels, out.logits)
-        return Terms(spatial + kl, spatial, kl)
+        return Terms(spatial + options.kl_weight * kl, spatial, kl)
 
     crops = whole_images(run, net.trunk, options.size)
-    fit(run, stage, net, crops, loss_of, groups_of(net, options.schedule), options.schedule)
+    fit(run, stage, net, crops, loss_of, groups_of(net, options), options.schedule)
     return net
 
 
@@ -272,12 +276,16 @@ def whole_images(run: Run, trunk: Trunk, size: int) -> TaggedCrops:
     return TaggedCrops(run.dataset, run.train, transform)
 
 
-def groups_of(net: SpatialNet, schedule: Schedule) -> list[dict[str, Any]]:
-    """Two speeds; the temperature is as fast as the head, and without weight decay."""
-    temperature = net.head.temperature
+def groups_of(net: SpatialNet, config: SpatialConfig) -> list[dict[str, Any]]:
+    """Two speeds, and those of the temperature, without weight decay, and of the thresholds."""
+    schedule, apart = config.schedule, (net.head.temperature, net.head.threshold.weight)
     groups = two_speed_groups(net, [net.head], schedule)
-    rest = [{**group, "params": [p for p in group["params"] if p is not temperature]} for group in groups]
-    return [*rest, {"params": [temperature], "lr": schedule.head_lr, "weight_decay": 0.0}]
+    rest = [{**group, "params": [p for p in group["params"] if all(p is not q for q in apart)]} for group in groups]
+    return [
+        *rest,
+        {"params": [apart[0]], "lr": schedule.head_lr, "weight_decay": 0.0},
+        {"params": [apart[1]], "lr": config.threshold_lr, "weight_decay": schedule.weight_decay},
+    ]
 
 
 def write_adaptive_cams(run: Run, net: SpatialNet, names: Sequence[str], config: Config) -> None:
@@ -293,13 +301,7 @@ def write_adaptive_cams(run: Run, net: SpatialNet, names: Sequence[str], config:
         sizes = sizes_of(image, [base * scale for scale in config.cams.scales])
         out = adaptive_cam(net, image, keys, sizes, config.spatial.released_maps)
         coarse = F.interpolate(out.cam[0][:, None], (-(-height // 4), -(-width // 4)), mode="bilinear")[:, 0]
-        save_arrays(
-            run.path("cam", f"{name}.npz"),
-            keys=keys.cpu().numpy(),
-            cam=out.cam[0].half().cpu().numpy(),
-            coarse=coarse.half().cpu().numpy(),
-            threshold=out.threshold[0].cpu().numpy(),
-        )
+        save_cam(run, name, keys, out.cam[0], coarse, threshold=out.threshold[0])
 
     run.for_each(names, lambda name: run.path("cam", f"{name}.npz"), work)
 

@@ -1,9 +1,12 @@
 """Losses for weakly supervised semantic segmentation, one file per paper."""
 
 from wsss_losses.aeft import (
+    AEFTLoss,
+    AEFTTerms,
     ErasingAttractionLoss,
     ErasingRepulsionLoss,
     ErasingRepulsionTerms,
+    aeft_loss,
     erasing_attraction_loss,
     erasing_repulsion_loss,
 )
@@ -67,6 +70,8 @@ from wsss_losses.wood import (
 )
 
 __all__ = [
+    "AEFTLoss",
+    "AEFTTerms",
     "AffinityLoss",
     "AffinityTerms",
     "BoundaryAffinityLoss",
@@ -95,6 +100,7 @@ __all__ = [
     "SpatialBCEThresholdLoss",
     "WOoDLoss",
     "WOoDTerms",
+    "aeft_loss",
     "affinity_loss",
     "boundary_affinity_loss",
     "c2am_loss",

@@ -306,6 +306,179 @@ class ErasingRepulsionLoss(nn.Module):
         return f"margin={self.margin}, {thresholds}, min_hard={self.min_hard}, eps={self.eps}, sync={self.sync}"
 
 
+class AEFTTerms(NamedTuple):
+    """What :func:`aeft_loss` returns, all scalars.
+
+    Attributes:
+        total: weighted sum.
+        classification: unweighted.
+        attraction: unweighted.
+        repulsion: unweighted.
+        hard: the number of hard anchors, without gradient.
+    """
+
+    total: Tensor
+    classification: Tensor
+    attraction: Tensor
+    repulsion: Tensor
+    hard: Tensor
+
+
+def aeft_loss(
+    logits: Tensor,
+    gpp: Tensor,
+    gpp_masked: Tensor,
+    cam: Tensor,
+    labels: Tensor,
+    negative_index: Tensor,
+    valid: Tensor | None = None,
+    *,
+    attraction_weight: float = 0.2,
+    repulsion_weight: float = 0.15,
+    classified: int | None = None,
+    margin: float = 0.5,
+    threshold: float = 0.2,
+    min_hard: int = 5,
+    sync: bool = False,
+) -> AEFTTerms:
+    r"""Objective of AEFT's epochs with triplets.
+
+    .. math:: loss = BCE(logits, l) + 0.2\ attraction(gpp, gpp_{masked}) + 0.15\ repulsion(gpp)
+
+    Args:
+        logits: (B, K) image scores.
+        gpp: (B, K, H, W) fused pyramids of the class maps, signed.
+        gpp_masked: (B, K, h, w) those of the erased images.
+        cam: (B, K, H, W) the class maps of the images, signed; they get no gradient.
+        labels: (B, K) multi-hot.
+        negative_index: (B,) place of each image's negative, see `wsss_modules.sample_disjoint_negatives`.
+        valid: (B,) bool, False for anchors to leave out.
+        attraction_weight: weight of :func:`erasing_attraction_loss`.
+        repulsion_weight: weight of :func:`erasing_repulsion_loss`.
+        classified: classify only so many images, the first of the batch; default: all.
+        margin: see :func:`erasing_repulsion_loss`, as are the next two.
+        threshold: activation from which on a cell of the anchor is left out.
+        min_hard: fewest hard anchors for which there is a repulsion.
+        sync: take the images of all processes of a distributed run together in attraction and repulsion.
+
+    Returns:
+        Total and terms, in the dtype of ``gpp`` and of ``logits``.
+
+    Raises:
+        TypeError: a map is not floating point, or negatives are no integers.
+        ValueError: a wrong shape, or ``classified`` below 1.
+
+    Paper:
+        Yoon, Kweon, Cho, Kim and Yoon, "Adversarial Erasing Framework via Triplet with Gated Pyramid Pooling Layer for
+        Weakly Supervised Semantic Segmentation", ECCV 2022.
+
+    Differences:
+        The released code classifies the first 8 of its 32 images, ``classified=8``, as many as a batch had before there
+        were triplets.
+
+    Notes:
+        Works in ``torch.compile(fullgraph=True)`` without ``sync``.
+
+    Example:
+        >>> import torch
+        >>> from wsss_losses import aeft_loss
+        >>> from wsss_modules import GatedPyramidPooling, sample_disjoint_negatives
+        >>> _ = torch.manual_seed(0)
+        >>> cam, erased, labels = torch.randn(6, 3, 8, 8), torch.randn(6, 3, 8, 8), torch.eye(3).repeat(2, 1)
+        >>> pooling = GatedPyramidPooling(3)
+        >>> logits, gpp = pooling(cam)
+        >>> negatives = sample_disjoint_negatives(labels)
+        >>> terms = aeft_loss(logits, gpp, pooling(erased).gpp, cam, labels, *negatives)
+        >>> terms.hard
+        tensor(6.)
+    """
+    check_floating("logits", logits)
+    check_shape("logits", logits, (None, None), "(B, K)")
+    check_shape("labels", labels, logits.shape, "to match logits")
+    if classified is not None and classified < 1:
+        raise ValueError(f"classified: expected at least 1, got {classified}")
+    scores = at_least_float32(logits[:classified])
+    classification = F.binary_cross_entropy_with_logits(scores, labels[:classified].to(scores.dtype)).to(logits.dtype)
+    attraction = erasing_attraction_loss(gpp, gpp_masked, labels, sync=sync)
+    options = {"margin": margin, "threshold": threshold, "min_hard": min_hard}
+    repulsion, _, hard = erasing_repulsion_loss(gpp, cam, labels, negative_index, valid, **options, sync=sync)
+    total = classification + attraction_weight * attraction + repulsion_weight * repulsion
+    return AEFTTerms(total, classification, attraction, repulsion, hard)
+
+
+class AEFTLoss(nn.Module):
+    """Objective of AEFT's epochs with triplets; see :func:`aeft_loss`.
+
+    Args:
+        attraction_weight: weight of the attraction.
+        repulsion_weight: weight of the repulsion.
+        classified: classify only so many images, the first of the batch.
+        margin: squared distance from which on an anchor is not hard.
+        threshold: activation in [0, 1] from which on a cell of the anchor is left out.
+        min_hard: fewest hard anchors for which there is a repulsion.
+        sync: take the images of all processes of a distributed run together in attraction and repulsion.
+
+    Example:
+        >>> import torch
+        >>> from wsss_losses import AEFTLoss
+        >>> from wsss_modules import GatedPyramidPooling, sample_disjoint_negatives
+        >>> _ = torch.manual_seed(0)
+        >>> cam, labels = torch.randn(4, 3, 8, 8, requires_grad=True), torch.eye(3)[[0, 1, 2, 0]]
+        >>> logits, gpp = GatedPyramidPooling(3)(cam)
+        >>> negatives = sample_disjoint_negatives(labels)
+        >>> AEFTLoss(min_hard=1)(logits, gpp, gpp / 2, cam, labels, *negatives).total.backward()
+    """
+
+    def __init__(
+        self,
+        *,
+        attraction_weight: float = 0.2,
+        repulsion_weight: float = 0.15,
+        classified: int | None = None,
+        margin: float = 0.5,
+        threshold: float = 0.2,
+        min_hard: int = 5,
+        sync: bool = False,
+    ) -> None:
+        super().__init__()
+        self.attraction_weight, self.repulsion_weight, self.classified = attraction_weight, repulsion_weight, classified
+        self.margin, self.threshold, self.min_hard, self.sync = margin, threshold, min_hard, sync
+
+    def forward(
+        self,
+        logits: Tensor,
+        gpp: Tensor,
+        gpp_masked: Tensor,
+        cam: Tensor,
+        labels: Tensor,
+        negative_index: Tensor,
+        valid: Tensor | None = None,
+    ) -> AEFTTerms:
+        """(B, K) scores, (B, K, H, W) pyramids twice and maps, (B, K) labels, (B,) negatives -> the terms."""
+        return aeft_loss(
+            logits,
+            gpp,
+            gpp_masked,
+            cam,
+            labels,
+            negative_index,
+            valid,
+            attraction_weight=self.attraction_weight,
+            repulsion_weight=self.repulsion_weight,
+            classified=self.classified,
+            margin=self.margin,
+            threshold=self.threshold,
+            min_hard=self.min_hard,
+            sync=self.sync,
+        )
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        weights = f"attraction_weight={self.attraction_weight}, repulsion_weight={self.repulsion_weight}"
+        options = f"margin={self.margin}, threshold={self.threshold}, min_hard={self.min_hard}"
+        return f"{weights}, classified={self.classified}, {options}, sync={self.sync}"
+
+
 def _check_triplets(gpp: Tensor, cam: Tensor, labels: Tensor, negative_index: Tensor, valid: Tensor | None) -> None:
     check_floating("gpp", gpp)
     check_ndim("gpp", gpp, 4, "(B, K, H, W)")

@@ -76,14 +76,17 @@ def write_cams(
         merged = multi_scale_cam(
             maps, labels[None], (height, width), mirrored=flipped, stride=4, round_to=16, relu=signed
         )
-        save_arrays(
-            run.path(folder, f"{name}.npz"),
-            keys=merged.keys.cpu().numpy(),
-            cam=merged.high_res.half().cpu().numpy(),
-            coarse=merged.cam.half().cpu().numpy(),
-        )
+        save_cam(run, name, merged.keys, merged.high_res, merged.cam, folder)
 
     run.for_each(names, lambda name: run.path(folder, f"{name}.npz"), work)
+
+
+def save_cam(
+    run: Run, name: str, keys: Tensor, cam: Tensor, coarse: Tensor, folder: str = "cam", **more: Tensor
+) -> None:
+    """Write the maps of one image, see :class:`Cam`, in half precision, and ``more`` beside them as it is."""
+    arrays = {"keys": keys, "cam": cam.half(), "coarse": coarse.half(), **more}
+    save_arrays(run.path(folder, f"{name}.npz"), **{key: value.cpu().numpy() for key, value in arrays.items()})
 
 
 def read_cam(run: Run, name: str, folder: str = "cam") -> Cam:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class ClassifyConfig:
     backbone: str = "tf_efficientnet_lite0"
     """timm name, NAME-irn for an undilated stride-16 ResNet, or resnet38."""
     weights: str = "imagenet"
-    """imagenet, random or a file."""
+    """imagenet, random or a file; for a second network also classifier, the weights of the first."""
     output_stride: int = 32
     """Pixels per cell of the last map while training."""
     frozen_stages: int = 4
@@ -67,13 +67,42 @@ def train_classifier(
 
 def build_classifier(run: Run, config: ClassifyConfig) -> Classifier:
     """An untrained classifier on a pretrained backbone with frozen first stages."""
-    return Classifier(classifier_trunk(run, config), len(run.dataset.classes), dropout=config.dropout)
+    trunk = make_trunk(run, config, config.output_stride)
+    return Classifier(trunk, len(run.dataset.classes), dropout=config.dropout)
 
 
-def classifier_trunk(run: Run, config: ClassifyConfig) -> Trunk:
-    """The pretrained backbone of ``config`` with its first stages frozen; random weights in a run cut short."""
-    weights = "random" if run.config.max_steps is not None else config.weights
-    trunk = build_trunk(config.backbone, weights, config.output_stride)
+class BackboneConfig(Protocol):
+    """What the settings of any network say of its backbone."""
+
+    @property
+    def backbone(self) -> str: ...
+
+    @property
+    def weights(self) -> str: ...
+
+    @property
+    def frozen_stages(self) -> int | None: ...
+
+
+def make_trunk(run: Run, config: BackboneConfig, output_stride: int, classifier: Trunk | None = None) -> Trunk:
+    """A backbone with its first stages frozen; what would be pretrained is random in a run cut short.
+
+    Args:
+        run: the run.
+        config: name, weights and number of frozen stages.
+        output_stride: pixels per cell of the last map.
+        classifier: whose weights it starts from if ``config.weights`` is "classifier".
+
+    Raises:
+        ValueError: an unknown backbone or weights, or those of a classifier of another kind.
+    """
+    starts_as_classifier = config.weights == "classifier" and classifier is not None
+    if starts_as_classifier and classifier.name != config.backbone:
+        raise ValueError(f"weights: expected those of {config.backbone}, got a classifier with {classifier.name}")
+    weights = "random" if starts_as_classifier or run.config.max_steps is not None else config.weights
+    trunk = build_trunk(config.backbone, weights, output_stride)
+    if starts_as_classifier:
+        trunk.body.load_state_dict(classifier.body.state_dict())
     freeze_stages(trunk.body, config.frozen_stages)
     return trunk
 

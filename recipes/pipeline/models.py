@@ -162,17 +162,23 @@ def keep_statistics(module: nn.Module) -> None:
             layer.eval()
 
 
-def freeze_stages(body: nn.Module, stages: int) -> None:
-    """Stop training the stem and the first ``stages - 1`` stages of a backbone (0: train all)."""
+def freeze_stages(body: nn.Module, stages: int | None) -> None:
+    """Stop training the stem and the first ``stages - 1`` stages of a backbone (0: train all, None: train nothing)."""
+    if stages is None:
+        body.requires_grad_(False)
+    elif stages > 0:
+        for modules in _stages_of(body)[:stages]:
+            for module in modules:
+                module.requires_grad_(False)
+
+
+def _stages_of(body: nn.Module) -> list[list[nn.Module]]:
+    """Stem and stages in order, as far as recipes freeze them."""
     if isinstance(body, ResNet38):
-        order = [[body.conv1a], [body.b2, body.b2_1, body.b2_2], [body.b3, body.b3_1, body.b3_2]]
-    elif hasattr(body, "layer1"):
-        order = [[body.conv1, body.bn1], [body.layer1], [body.layer2], [body.layer3], [body.layer4]]
-    else:
-        order = [[body.conv_stem, body.bn1], *([stage] for stage in body.blocks)]
-    for modules in order[:stages]:
-        for module in modules:
-            module.requires_grad_(False)
+        return [[body.conv1a], [body.b2, body.b2_1, body.b2_2], [body.b3, body.b3_1, body.b3_2]]
+    if hasattr(body, "layer1"):
+        return [[body.conv1, body.bn1], [body.layer1], [body.layer2], [body.layer3], [body.layer4]]
+    return [[body.conv_stem, body.bn1], *([stage] for stage in body.blocks)]
 
 
 class Classifier(nn.Module):

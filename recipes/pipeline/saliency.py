@@ -9,14 +9,16 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from recipes.pipeline.data import ImageSet
+from recipes.pipeline.data import IGNORE, ImageSet
 from recipes.pipeline.data.image_set import first_five, listing
+from recipes.pipeline.evaluation import FIXED, evaluate_masks
+from recipes.pipeline.labels import measured_lists
 from recipes.pipeline.run import Run, replacing
 
 FOLDER = "saliency"  # of a run
@@ -57,6 +59,38 @@ def save_saliency(run: Run, name: str, saliency: np.ndarray, folder: str = FOLDE
 def read_saliency(run: Run, name: str, folder: str = FOLDER) -> np.ndarray:
     """What :func:`save_saliency` wrote: (H, W) float32 in [0, 1], in steps of 1/255."""
     return _read_file(run.path(folder, f"{name}.png"))
+
+
+def is_object(saliency: np.ndarray) -> np.ndarray:
+    """A map as a mask (H, W) uint8 of one class: 1 where an object is more likely than none."""
+    return (saliency > 0.5).astype(np.uint8)
+
+
+def measure_saliency(run: Run) -> None:
+    """Measure the maps of the run against its masks, whose classes are all taken as one."""
+    for split, names in measured_lists(run, FOLDER, ".png").items():
+        measured = evaluate_masks(
+            lambda name: is_object(read_saliency(run, name)),
+            _Objects(run.dataset),
+            names,
+            what="saliency",
+            split=split,
+            workers=run.config.workers,
+        )
+        run.measured(replace(measured, threshold=0.5, threshold_from=FIXED))
+
+
+class _Objects:
+    """The masks of a data set with one class: any object."""
+
+    classes = ("object",)
+
+    def __init__(self, dataset: ImageSet) -> None:
+        self.dataset = dataset
+
+    def mask(self, name: str) -> np.ndarray | None:
+        mask = self.dataset.mask(name)
+        return mask if mask is None else np.where(mask == IGNORE, IGNORE, np.minimum(mask, 1))
 
 
 @dataclass(frozen=True)

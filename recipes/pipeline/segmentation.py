@@ -132,11 +132,21 @@ def segmentation_from_masks(run: Run, folder: str, config: SegmentConfig) -> Non
         measure_masks(run, "segmentation_crf", "segmentation+crf")
 
 
-def train_segmentation(run: Run, mask_of: Callable[[str], np.ndarray], config: SegmentConfig) -> Segmenter:
-    """Train on the masks (H, W) uint8 that ``mask_of`` gives for each training image: cross entropy, 255 ignored."""
+def train_segmentation(
+    run: Run,
+    mask_of: Callable[[str], np.ndarray],
+    config: SegmentConfig,
+    *,
+    num_classes: int | None = None,
+    stage: str = "segment",
+) -> Segmenter:
+    """Train on the masks (H, W) uint8 that ``mask_of`` gives for each training image: cross entropy, 255 ignored.
+
+    ``num_classes`` counts the background; by default the masks are of the classes of the data set.
+    """
     if run.config.max_steps is not None:
         config = replace(config, weights="random")
-    model = Segmenter(config, 1 + len(run.dataset.classes))
+    model = Segmenter(config, num_classes or 1 + len(run.dataset.classes))
     crops = MaskedCrops(
         run.dataset, run.train, mask_of, crop_transform(RandomScale(*config.scale), config.crop, model.mean, model.std)
     )
@@ -146,15 +156,8 @@ def train_segmentation(run: Run, mask_of: Callable[[str], np.ndarray], config: S
         labelled = (batch["mask"] != IGNORE).sum().clamp(min=1)
         return F.cross_entropy(logits, batch["mask"], ignore_index=IGNORE, reduction="sum") / labelled
 
-    fit(
-        run,
-        "segment",
-        model,
-        crops,
-        loss_of,
-        two_speed_groups(model, model.head_modules, config.schedule),
-        config.schedule,
-    )
+    groups = two_speed_groups(model, model.head_modules, config.schedule)
+    fit(run, stage, model, crops, loss_of, groups, config.schedule)
     return model
 
 

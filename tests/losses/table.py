@@ -136,6 +136,13 @@ def _class_maps_and_negatives(situation: str) -> tuple[Tensor, Tensor, Tensor, T
     return gpp, cam, labels, torch.tensor([-1] if situation == "batch_1" else [1, 0])
 
 
+def _aeft(situation: str) -> tuple[Tensor, ...]:
+    """Image scores, pyramids of images and of erased copies, class maps, labels, negatives."""
+    gpp, masked, labels = _class_maps(situation)
+    cam, negatives = _class_maps_and_negatives(situation)[1::2]
+    return random(*labels.shape, seed=6), gpp, masked, cam, labels, negatives
+
+
 def _image_labels(situation: str) -> Tensor:
     """(B, 3) tags of one or two classes, or of none."""
     labels = torch.tensor([[1, 0, 1], [0, 1, 0]], dtype=torch.float64)
@@ -271,6 +278,16 @@ CASES = (
         options={"min_hard": 1},  # two images only
         zero_in=("no_label", "all_ignored", "batch_1", "smallest"),
         varies=({"min_hard": 2, "margin": 0.3, "threshold": 0.6, "negative_threshold": 0.9},),
+        sync=True,
+    ),
+    LossCase(
+        losses.aeft_loss,
+        losses.AEFTLoss,
+        _aeft,
+        predictions=3,
+        options={"min_hard": 1},  # two images only
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"min_hard": 2, "margin": 0.3, "threshold": 0.6, "classified": 1, "attraction_weight": 1.0},),
         sync=True,
     ),
     LossCase(

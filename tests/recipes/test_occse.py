@@ -20,13 +20,15 @@ def run_in(folder: Path) -> Run:
     return start("occse", occse.Config(data="demo:tiny", out=folder, workers=0, accelerator="cpu"))
 
 
-def trained(folder: Path, erasing: occse.ErasingConfig) -> tuple[occse.Learner, dict[str, torch.Tensor], Run]:
+def trained(
+    folder: Path, erasing: occse.ErasingConfig, weights: str = "random"
+) -> tuple[occse.Learner, dict[str, torch.Tensor], Run]:
     """The learner, the judge's weights before it learnt, and the run; the judge is asserted not to change."""
     run = run_in(folder)
     torch.manual_seed(0)
     judge = build_classifier(run, NETWORK).eval()
     before = {name: value.clone() for name, value in judge.state_dict().items()}
-    learner = occse.train_learner(run, judge, LEARNER, erasing)
+    learner = occse.train_learner(run, judge, replace(LEARNER, weights=weights), erasing)
     assert all(torch.equal(value, before[name]) for name, value in judge.state_dict().items())
     return learner, before, run
 
@@ -50,31 +52,30 @@ def test_the_judge_is_not_part_of_the_checkpoint(tmp_path: Path) -> None:
     assert not torch.equal(stored["head.classifier.weight"], judge["head.classifier.weight"])
 
 
-@pytest.mark.parametrize("begin", ["pretrained", "classifier"])
-def test_the_learner_starts_where_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: str) -> None:
+@pytest.mark.parametrize("weights", ["random", "classifier"])
+def test_the_learner_starts_where_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
     monkeypatch.setattr(occse, "fit", lambda *_: None)  # so that the learner comes back as it started
-    learner, judge, _ = trained(tmp_path, occse.ErasingConfig(start=begin))
-    same = torch.equal(learner.head.classifier.weight, judge["head.classifier.weight"])
-    assert same == (begin == "classifier")
+    learner, judge, _ = trained(tmp_path, occse.ErasingConfig(), weights=weights)
+    for name in ("head.classifier.weight", "trunk.body.conv_stem.weight"):
+        assert torch.equal(learner.state_dict()[name], judge[name]) == (weights == "classifier")
 
 
 def test_the_published_preset_starts_from_pretrained_weights() -> None:
-    assert occse.PRESETS["paper"].erasing == occse.ErasingConfig()
-    assert {name for name, config in occse.PRESETS.items() if config.erasing.start == "classifier"} == {
-        "demo",
-        "small",
-        "tiny",
-    }
+    short = {name for name, config in occse.PRESETS.items() if config.learner.weights == "classifier"}
+    assert short == {"demo", "small", "tiny"}
 
 
 @pytest.mark.parametrize(
-    ("backbone", "message"),
+    ("backbone", "weights", "message"),
     [
-        ("resnet18", "learner.backbone: expected the normalisation of the classifier's images"),
-        ("tf_efficientnet_lite1", "erasing.start: the classifier is tf_efficientnet_lite0, the learner .*lite1"),
+        ("resnet18", "random", "learner.backbone: expected the normalisation of the classifier's images"),
+        ("tf_efficientnet_lite1", "classifier", "weights: expected those of tf_efficientnet_lite1, got a classifier"),
     ],
 )
-def test_networks_that_do_not_fit_together_are_told_so(tmp_path: Path, backbone: str, message: str) -> None:
+def test_networks_that_do_not_fit_together_are_told_so(
+    tmp_path: Path, backbone: str, weights: str, message: str
+) -> None:
     run = run_in(tmp_path)
+    learner = replace(LEARNER, backbone=backbone, weights=weights)
     with pytest.raises(ValueError, match=message):
-        occse.train_learner(run, build_classifier(run, NETWORK), replace(LEARNER, backbone=backbone), occse.SHORT)
+        occse.train_learner(run, build_classifier(run, NETWORK), learner, occse.ErasingConfig())

@@ -32,7 +32,7 @@ def train(run: Run, config: rca.RCAConfig = SMALL, threshold: float = 0.4) -> di
     make = rca.RegionMemoryBank
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rca, "RegionMemoryBank", partial(make, threshold=threshold))
-        return rca.train_rca(run, config).state_dict()
+        return rca.train_rca(run, None, config).state_dict()
 
 
 @pytest.mark.slow

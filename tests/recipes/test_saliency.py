@@ -7,10 +7,9 @@ import pytest
 from lightning_fabric import Fabric
 from PIL import Image
 
-from recipes.c2am import measure_saliency
 from recipes.pipeline.data.image_set import ImageSet
 from recipes.pipeline.run import Run, RunConfig
-from recipes.pipeline.saliency import read_saliency, saliency_source, save_saliency
+from recipes.pipeline.saliency import measure_saliency, read_saliency, saliency_source, save_saliency
 from tests.recipes.synthetic import make_dataset
 
 

@@ -1,6 +1,6 @@
 """AEFT: the released layer names its gates ``gconv``, the released losses are one function on one batch."""
 
-from types import SimpleNamespace
+import re
 
 import torch
 from torch import Tensor, nn
@@ -66,46 +66,41 @@ def responses(gpp: Tensor, labels: Tensor) -> Tensor:
 
 @adapter("aeft/aeft_full_update")
 def full_update(case: Case) -> dict[str, Tensor]:
-    from recipes import aeft  # the recipes need more than the library does
-
-    call, labels = case.call, case.inputs["in.label"]
-    attraction, repulsion = call["W"][1:]
-    erase, exclude = call["TH"]
-    options = aeft.TripletConfig(
-        erase=erase, exclude=exclude, margin=call["M"], attraction=attraction, repulsion=repulsion
-    )
-    net = aeft.PyramidClassifier(Images(), labels.shape[1], modules.SoftErase(options.erase))
+    """The toy network is one convolution; of the images, the first 8 are classified, as the notes of the files say."""
+    call, images, labels = case.call, case.leaf("in.img"), case.inputs["in.label"]
+    (_, attraction, repulsion), (erase, exclude) = call["W"], call["TH"]
     kernel = case.params["param.f.weight"]
-    net.head = nn.Conv2d(kernel.shape[1], len(kernel), kernel.shape[2:], stride=4, padding=1)
-    case.load(net, lambda name: name.replace("f.", "head.") if name.startswith("f.") else of_pooling(name))
-    out = net(case.leaf("in.img"), labels)
-    chosen = case.inputs["in.negative_index"]
-    negatives = modules.DisjointNegatives(chosen, torch.ones_like(chosen, dtype=torch.bool))
-    terms = aeft.triplet_loss(out, labels, negatives, options, classified=8, sync=False)
-    maps = {"out.cam": out.cam, "out.gpp": out.gpp, "out.gpp_masked": out.gpp_masked, "out.mask_positive": out.mask}
+    stride = int(re.search(r"stride-(\d+)", call["toy_net"])[1])
+    net = nn.ModuleDict(
+        {
+            "maps": nn.Conv2d(kernel.shape[1], len(kernel), kernel.shape[2:], stride, kernel.shape[-1] // 2),
+            "pooling": modules.GatedPyramidPooling(len(kernel)),
+        }
+    )
+    case.load(net, of_toy_net)
+    cam = net["maps"](images)
+    mask = modules.SoftErase(erase)(cam, labels, images.shape[2:])
+    (logits, gpp), masked = net["pooling"](cam), net["pooling"](net["maps"](images * mask)).gpp
+    options = {"attraction_weight": attraction, "repulsion_weight": repulsion, "margin": call["M"], "classified": 8}
+    criterion = losses.AEFTLoss(**options, threshold=exclude)
+    terms = criterion(logits, gpp, masked, cam, labels, case.inputs["in.negative_index"])
     return {
-        "out.loss": terms.loss,
+        "out.loss": terms.total,
         "out.loss_cls": terms.classification,
         "out.loss_attract": attraction * terms.attraction,
         "out.loss_repulse": repulsion * terms.repulsion,
         "out.num_hard": terms.hard,
-        "out.logits": out.logits,
-        "out.anchor_attract": responses(out.gpp, labels),
-        "out.positive_attract": responses(out.gpp_masked, labels),
-        **maps,
-        **case.grads(terms.loss),
+        "out.logits": logits,
+        "out.anchor_attract": responses(gpp, labels),
+        "out.positive_attract": responses(masked, labels),
+        "out.cam": cam,
+        "out.gpp": gpp,
+        "out.gpp_masked": masked,
+        "out.mask_positive": mask,
+        **case.grads(terms.total),
     }
 
 
-class Images(nn.Module):
-    """A backbone whose features are the images."""
-
-    out_channels = 3
-
-    def forward(self, images: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(final=images)
-
-
-def of_pooling(name: str) -> str | None:
-    key = modules.GatedPyramidPooling.released_key(name.removeprefix("g."))
-    return key and f"pooling.{key}"
+def of_toy_net(name: str) -> str:
+    layer, _, leaf = name.partition(".")
+    return f"maps.{leaf}" if layer == "f" else f"pooling.{modules.GatedPyramidPooling.released_key(leaf)}"
