@@ -1,6 +1,9 @@
 """Write docs/results.md from finished runs, so that no figure in it is typed by hand.
 
-python docs/make_results.py runs/cam-s0 runs/irn-s0 runs/rw-s0 ...
+python docs/make_results.py [runs/cam-s0 runs/irn-s0 ...]
+
+What the table needs of each run folder is kept in docs/data/runs, so that a new run does not need the folders of the
+old ones: a run of the same name replaces its record, the others stay.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from recipes.pipeline.report import repeat_command
 from recipes.pipeline.tables import duration
 
 COLUMNS = (("seed", "seed"), ("seed", "val"), ("mask", "seed"), ("mask+crf", "seed"), ("segmentation", "val"))
+FIRST = ("cam", "rw", "irn")  # in the table, before the others by name
+RECORDS = Path(__file__).with_name("data") / "runs"
 LISTS = {"seed": "train", "val": "val"}
 INTRODUCTION = """# Results on photographs
 
@@ -73,62 +78,73 @@ Of the systems that train the classifier differently, all on the same backbone, 
 
 
 def main(folders: list[Path]) -> None:
-    """Render the table of ``folders`` into results.md beside this file."""
-    runs = [Run(folder) for folder in folders]
+    """Keep the records of ``folders`` and render all that there are into results.md beside this file."""
+    for folder in folders:
+        keep(folder)
+    runs = sorted((Run(file) for file in RECORDS.glob("*.json")), key=lambda run: run.order)
     lines = [INTRODUCTION, "## mIoU\n"]
     lines += [
-        "| recipe | random seed | "
-        + " | ".join(f"{what}, {LISTS[split]}" for what, split in COLUMNS)
-        + " | time | peak memory |"
+        "| run | " + " | ".join(f"{what}, {LISTS[split]}" for what, split in COLUMNS) + " | time | processor | memory |"
     ]
-    lines += ["| --- | --- " + "| --: " * (len(COLUMNS) + 2) + "|"]
+    lines += ["| --- " + "| --: " * (len(COLUMNS) + 3) + "|"]
     for run in runs:
         cells = [run.cell(what, split) for what, split in COLUMNS]
-        lines.append(f"| {run.recipe} | {run.seed} | " + " | ".join(cells) + f" | {run.time} | {run.memory} |")
-    lines += ["", *(f"- {note}" for note in dict.fromkeys(note for run in runs for note in run.notes)), ""]
+        lines.append(f"| {run.name} | " + " | ".join(cells) + f" | {run.time} | {run.processor} | {run.memory} |")
+    lines += ["", *(f"- {run.note}" for run in runs if run.note), ""]
     for what, split in COLUMNS:
         chosen = [(run, m) for run in runs if (m := run.get(what, split)) is not None]
         if not chosen:
             continue
         classes = list(chosen[0][1].iou)
         lines += [f"## IoU per class: {what}, {chosen[0][1].images} {LISTS[split]} images\n"]
+        lines += ["| run | mIoU | " + " | ".join(classes) + " |", "| --- |" + " --: |" * (1 + len(classes))]
         lines += [
-            "| recipe | random seed | mIoU | " + " | ".join(classes) + " |",
-            "| --- | --- |" + " --: |" * (1 + len(classes)),
+            f"| {run.name} | {number(m.miou)} | " + " | ".join(map(number, m.iou.values())) + " |" for run, m in chosen
         ]
-        for run, m in chosen:
-            lines.append(
-                f"| {run.recipe} | {run.seed} | {number(m.miou)} | " + " | ".join(map(number, m.iou.values())) + " |"
-            )
         lines.append("")
-    lines += ["## Seconds per stage\n", "| recipe | random seed | stages |", "| --- | --- | --- |"]
+    lines += ["## Seconds per stage, by the clock\n", "| run | stages |", "| --- | --- |"]
     for run in runs:
-        stages = ", ".join(f"{name} {values['seconds']:.0f}" for name, values in run.metrics["stages"].items())
-        lines.append(f"| {run.recipe} | {run.seed} | {stages} |")
-    machine = runs[0].metrics["machine"]
-    lines += ["", "## Conditions\n", ", ".join(f"{key} {value}" for key, value in machine.items()) + ".", ""]
+        stages = ", ".join(f"{name} {values['seconds']:.0f}" for name, values in run.stages.items())
+        lines.append(f"| {run.name} | {stages} |")
+    lines += ["", "## Conditions\n", ", ".join(f"{key} {value}" for key, value in runs[0].machine.items()) + ".", ""]
     lines += ["```bash", *(run.command for run in runs), "```", ""]
     Path(__file__).with_name("results.md").write_text("\n".join(lines))
 
 
-class Run:
-    """What the table needs of one run folder."""
+def keep(folder: Path) -> None:
+    """Write ``data/runs/NAME.json``: metrics without their curves, and the command that made them."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    places = {"data": "voc:PATH", "until": None}
+    for key, place in (("outside", "FOLDER"), ("saliency", None), ("reuse", None)):
+        if isinstance(config.get(key), str):
+            places[key] = place or f"runs/{Path(config[key]).name}"
+    record = {key: metrics[key] for key in ("recipe", "seed", "stages", "measurements", "machine")}
+    record["measurements"] = [{**m, "curve": []} for m in record["measurements"]]
+    record["reused"] = Path(metrics["reused"]).name if "reused" in metrics else None
+    record["command"] = repeat_command({**config, **places, "out": f"runs/{folder.name}"})
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    (RECORDS / f"{folder.name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
-    def __init__(self, folder: Path) -> None:
-        self.metrics = json.loads((folder / "metrics.json").read_text())
-        self.measured = [Measurement.from_dict(values) for values in self.metrics["measurements"]]
-        self.recipe, self.seed = self.metrics["recipe"], self.metrics["seed"]
-        self.time = duration(sum(stage["seconds"] for stage in self.metrics["stages"].values()))
-        self.memory = f"{max(stage['peak_mb'] for stage in self.metrics['stages'].values()) / 1000:.1f} GB"
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        places = {"data": "voc:PATH", "until": None} | ({"outside": "FOLDER"} if config.get("outside") else {})
-        self.command = repeat_command({**config, **places})
-        self.notes = []
-        if "reused" in self.metrics:
-            source = Path(self.metrics["reused"]).name
-            self.notes.append(
-                f"{folder.name} takes what it has in common with {source} from there; it counts in both times."
-            )
+
+class Run:
+    """One record."""
+
+    def __init__(self, file: Path) -> None:
+        record = json.loads(file.read_text())
+        self.name, self.machine, self.command = file.stem, record["machine"], record["command"]
+        self.stages = record["stages"]
+        self.measured = [Measurement.from_dict(values) for values in record["measurements"]]
+        first = FIRST.index(record["recipe"]) if record["recipe"] in FIRST else len(FIRST)
+        self.order = (first, record["recipe"], record["seed"], self.name)
+        self.time = duration(sum(stage["seconds"] for stage in self.stages.values()))
+        busy = [stage.get("cpu_seconds") for stage in self.stages.values()]
+        self.processor = "-" if None in busy else duration(sum(busy))
+        self.memory = f"{max(stage['peak_mb'] for stage in self.stages.values()) / 1000:.1f} GB"
+        reused = record["reused"]
+        self.note = (
+            reused and f"{self.name} takes what it has in common with {reused} from there; it counts in both times."
+        )
 
     def get(self, what: str, split: str, oracle: bool = False) -> Measurement | None:
         """The measurement of ``what`` on ``split``."""

@@ -162,7 +162,10 @@ class Run:
 
     @contextmanager
     def stage(self, name: str, title: str) -> Iterator[None]:
-        """Announce a stage; record its seconds over all attempts and the peak memory of this process.
+        """Announce a stage; record its seconds over all attempts, by the clock and by the processor, and peak memory.
+
+        Seconds of the processor are those of this process and its loaders; on a machine that is shared, they and not
+        the clock tell what a stage costs. Memory is that of this process.
 
         Weights that the stage draws depend on its name and the seed, not on whether the stages before ran or were
         found done.
@@ -173,16 +176,18 @@ class Run:
         self.stages_begun += 1
         self.console.rule(f"[bold]{self.stages_begun}  {title}", align="left")
         torch.manual_seed(self.derived_seed(name))
-        start, memory = time.perf_counter(), _PeakMemory()
+        start, busy, memory = time.perf_counter(), _processor_seconds(), _PeakMemory()
         try:
             with memory:
                 yield
         finally:
-            before = self.metrics["stages"].get(name, {"seconds": 0.0, "peak_mb": 0.0})
-            seconds = before["seconds"] + time.perf_counter() - start
-            self.record(
-                stages={name: {"seconds": round(seconds, 2), "peak_mb": max(before["peak_mb"], memory.peak_mb)}}
-            )
+            before = self.metrics["stages"].get(name, {"seconds": 0.0, "cpu_seconds": 0.0, "peak_mb": 0.0})
+            costs = {
+                "seconds": round(before["seconds"] + time.perf_counter() - start, 2),
+                "cpu_seconds": round(before.get("cpu_seconds", 0.0) + _processor_seconds() - busy, 2),
+                "peak_mb": max(before["peak_mb"], memory.peak_mb),
+            }
+            self.record(stages={name: costs})
         self.fabric.barrier()
         if name == self.config.until:
             raise StoppedEarly(self)
@@ -371,6 +376,11 @@ def load_mask(path: Path, palette_index: Sequence[int]) -> np.ndarray:
     table = np.full(256, 255, dtype=np.uint8)
     table[list(palette_index)] = np.arange(len(palette_index), dtype=np.uint8)
     return table[np.asarray(Image.open(path))]
+
+
+def _processor_seconds() -> float:
+    """Processor time of this process, and of those it started that have ended."""
+    return sum(os.times()[:4])
 
 
 class _PeakMemory(threading.Thread):
