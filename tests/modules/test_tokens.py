@@ -42,7 +42,7 @@ def test_tokens_and_map_are_inverse(height: int, width: int, prefix: int) -> Non
         (197, (14, 14), 0, r"got 197: there is 1 token before the patches; pass num_prefix=1"),
         (198, (14, 14), 1, r"num_prefix=2 \(class and distillation token\)"),
         (201, (14, 14), 1, r"there are 5 tokens before the patches; pass num_prefix=5 \(class token and registers"),
-        (216, (14, 14), 1, r"there are 20 tokens .* or one for each class"),
+        (216, (14, 14), 1, r"there are 20 tokens .* one token for each class"),
         (196, (14, 14), 1, r"there is no token before the patches; pass num_prefix=0"),
         (577, (14, 14), 1, r"got 577 = 1 \+ 24 x 24; is the grid that of the image"),
         (100, (14, 14), 1, r"got 100 = 0 \+ 10 x 10"),
