@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from recipes.pipeline.models import Trunk, build_trunk, freeze_stages, load_weights
@@ -34,6 +35,9 @@ class TokenConfig:
     """Hybrid: heads of a block."""
     grid: int = 14
     """Hybrid: side of the grid of position embeddings, that of the training crops."""
+    similar: bool = True
+    """Hybrid: new blocks begin with queries equal to keys, so that patches attend to what looks like them, as in a
+    pretrained transformer; else with attention that is the same everywhere."""
     drop_path: float = 0.0
     """Probability with which a branch of the last block is dropped; it grows with depth."""
 
@@ -92,6 +96,19 @@ class ConvolutionalPatches(nn.Module):
         return self.projection(self.trunk(images).final)
 
 
+@torch.no_grad()
+def attend_to_similar(block: TransformerBlock) -> None:
+    """Make queries and keys the same random projection, under which products of tokens are about what they were.
+
+    Of normed tokens it has values of deviation 1: with heads of d channels, a token's logit for itself is sqrt(d), for
+    an unrelated one 0 with deviation 1.
+    """
+    dim = block.attn.qkv.in_features
+    query, key, _ = block.attn.qkv.weight.split(dim)
+    nn.init.normal_(query, std=dim**-0.5)
+    key.copy_(query)
+
+
 def build_token_trunk(
     config: TokenConfig, class_tokens: int | None = None, *, final_norm: bool = True, pos_offset: float = 0.0
 ) -> TokenTrunk:
@@ -120,9 +137,13 @@ def _hybrid(config: TokenConfig, class_tokens: int, final_norm: bool, pos_offset
     trunk = build_trunk(config.backbone.removeprefix(HYBRID), config.weights, output_stride=16)
     freeze_stages(trunk.body, config.frozen_stages)
     rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
+    blocks = [TransformerBlock(config.dim, config.heads, drop_path=rate) for rate in rates]
+    if config.similar:
+        for block in blocks:
+            attend_to_similar(block)
     encoder = TokenEncoder(
         ConvolutionalPatches(trunk, config.dim),
-        [TransformerBlock(config.dim, config.heads, drop_path=rate) for rate in rates],
+        blocks,
         config.dim,
         num_prefix=class_tokens,
         grid=(config.grid, config.grid),

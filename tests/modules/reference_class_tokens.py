@@ -7,16 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def stacked_attention(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
-    """The attention of all blocks and heads, (L, B, J, T, T), as they run."""
+def run_and_stack(blocks: nn.ModuleList, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens after the blocks, with explicit attention, and that of all blocks and heads: (L, B, J, T, T)."""
     found = []
     for block in blocks:
         batch, count, _ = tokens.shape
         qkv = block.attn.qkv(block.norm1(tokens)).reshape(batch, count, 3, block.attn.num_heads, -1)
-        query, key, _ = qkv.permute(2, 0, 3, 1, 4)
-        found.append((query @ key.mT / query.shape[-1] ** 0.5).softmax(-1))
-        tokens = block(tokens)
-    return torch.stack(found)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
+        found.append(weights)
+        tokens = tokens + block.attn.proj((weights @ value).transpose(1, 2).reshape(batch, count, -1))
+        tokens = tokens + block.mlp(block.norm2(tokens))
+    return tokens, torch.stack(found)
 
 
 def class_maps(attention: Tensor, num_classes: int, n_layers: int) -> Tensor:

@@ -66,7 +66,8 @@ def test_running_sums_equal_the_stack(size: tuple[int, int], more: int) -> None:
     net, images = network(more=more), torch.randn(2, 3, *size)
     inputs: list[Tensor] = []
     net.encoder(images, visit=lambda layer, block, tokens: inputs.append(tokens))
-    stack = reference.stacked_attention(net.encoder.blocks, inputs[0])
+    last, stack = reference.run_and_stack(net.encoder.blocks, inputs[0])
+    torch.testing.assert_close(net.encoder(images).patches, last[:, 3 + more :], rtol=1e-5, atol=1e-5)
     for n_layers in (1, 3, 9):
         sums = AttentionSums(4, 3, n_layers=n_layers, num_prefix=3 + more)
         with torch.no_grad():

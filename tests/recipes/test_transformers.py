@@ -79,6 +79,17 @@ def test_hybrid_gives_patches_at_stride_16(class_tokens: int | None) -> None:
     assert trunk.convolutional.body.conv_stem.weight.grad is None
 
 
+def test_new_blocks_of_a_hybrid_attend_to_what_looks_alike() -> None:
+    torch.manual_seed(0)
+    trunk = build_token_trunk(TokenConfig(weights="random", dim=96, depth=1, heads=3, grid=2))
+    kinds = torch.randn(2, 96)
+    tokens = torch.stack([kinds[0], kinds[1], kinds[0], kinds[1]])[None] + 0.1 * torch.randn(1, 4, 96)
+    weights = attention_probabilities(*query_key(trunk.encoder.blocks[0], tokens)).mean(1)[0]
+    alike = torch.tensor([0, 1, 0, 1])
+    assert weights[alike[:, None] == alike].min() > 0.4
+    assert weights[alike[:, None] != alike].max() < 0.1
+
+
 def test_trunk_of_a_timm_name() -> None:
     trunk = build_token_trunk(TokenConfig(backbone="deit_tiny_patch16_224", weights="random"))
     assert trunk(torch.randn(1, 3, 48, 64)).grid == (3, 4)
