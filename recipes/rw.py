@@ -88,6 +88,8 @@ class WalkConfig:
 
     alpha: float = 16.0
     """Exponent of the background score that walks with the CAMs."""
+    background: float | None = None
+    """A constant background score in the place of the power (MCTformer)."""
     beta: float = 8.0
     """Exponent that sharpens the affinities."""
     steps: int = 256
@@ -189,7 +191,7 @@ def read_scores(run: Run, name: str) -> Scores:
         return Scores(stored["keys"], stored["low"].astype(np.float32), stored["high"].astype(np.float32))
 
 
-def train_affinity(run: Run, classifier: Trunk, options: AffinityConfig) -> AffinityNet:
+def train_affinity(run: Run, classifier: Trunk | None, options: AffinityConfig) -> AffinityNet:
     trunk = make_trunk(run, options, output_stride=16, classifier=classifier)
     model = AffinityNet(trunk, options)
     loss = AffinityLoss(sync=run.fabric.world_size > 1)
@@ -212,18 +214,21 @@ def write_walks(run: Run, model: AffinityNet, walk: WalkConfig) -> None:
         plain = view(image, size, model.trunk.mean, model.trunk.std, flip=False).to(run.fabric.device)
         affinity = model.affinity(F.pad(plain, (0, -size[1] % STRIDE, 0, -size[0] % STRIDE)))
         cam = torch.from_numpy(stored.cam)[None].to(run.fabric.device)
-        options = {"alpha": walk.alpha, "beta": walk.beta, "n_steps": walk.steps, "method": walk.method}
-        walked = propagate_cam(cam, affinity, stride=STRIDE, **options)
+        options = {"beta": walk.beta, "n_steps": walk.steps, "method": walk.method}
+        walked = propagate_cam(cam, affinity, alpha=walk.alpha, background=walk.background, stride=STRIDE, **options)
         best = upsample_scores(walked, size, stride=STRIDE)[0].argmax(0)
         return torch.from_numpy(np.append(0, stored.keys))[best.cpu()]
 
     write_masks(run, run.train, mask_of)
 
 
-def refine_with_rw(run: Run, classifier: Trunk, affinity: AffinityConfig, walk: WalkConfig, mask_crf: bool) -> None:
+def refine_with_rw(
+    run: Run, classifier: Trunk | None, affinity: AffinityConfig, walk: WalkConfig, mask_crf: bool
+) -> None:
     """What PSA adds to any CAMs: from those in ``cam/`` to masks in ``mask/`` and, with a CRF, ``mask_crf/``.
 
-    ``classifier`` is the backbone from which the affinity network starts, where it has the same architecture.
+    ``classifier`` is the backbone from which the affinity network starts, where it has the same architecture; None: it
+    starts from other weights.
     """
     with run.stage("labels", "Confident areas: CRF under a strong and a weak background"):
         write_scores(run, affinity)

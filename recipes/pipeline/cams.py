@@ -51,11 +51,21 @@ class Cam(NamedTuple):
 
 
 def write_cams(
-    run: Run, model: CamModel, names: Sequence[str], config: CamConfig, folder: str = "cam", *, signed: bool = False
+    run: Run,
+    model: CamModel,
+    names: Sequence[str],
+    config: CamConfig,
+    folder: str = "cam",
+    *,
+    signed: bool = False,
+    stretch: bool = False,
+    whole_cells: bool = False,
 ) -> None:
     """Write the CAMs of the tagged classes of each image as IRN does: summed over views, divided by their maximum.
 
     ``signed``: the model's maps may be negative; ReLU comes after the up-sampling of each view (OC-CSE, AEFT).
+    ``stretch``: maps go from 0 to 1 (MCTformer). ``whole_cells``: views have whole cells, for models that leave out
+    what is left over at the border, such as a ViT; their maps cover the image.
     """
     model.trunk = model.trunk.with_output_stride(config.output_stride)
     device = run.fabric.device
@@ -69,12 +79,20 @@ def write_cams(
         base = 1.0 if config.long_side is None else config.long_side / max(height, width)
         maps, flipped = [], []
         for scale in config.scales:
-            size = scaled_size(height, width, base * scale)
+            size = scaled_size(height, width, base * scale, config.output_stride if whole_cells else 1)
             plain, mirrored = model(view(image, size, model.trunk.mean, model.trunk.std)).cam
             maps += [plain[None], mirrored[None]] if signed else [merge_flip(plain, mirrored)[None]]
             flipped += [False, True] if signed else [False]
         merged = multi_scale_cam(
-            maps, labels[None], (height, width), mirrored=flipped, stride=4, round_to=16, relu=signed
+            maps,
+            labels[None],
+            (height, width),
+            mirrored=flipped,
+            stride=4,
+            round_to=1 if whole_cells else 16,
+            relu=signed,
+            eps=1e-8 if stretch else 1e-5,
+            subtract_min=stretch,
         )
         save_cam(run, name, merged.keys, merged.high_res, merged.cam, folder)
 

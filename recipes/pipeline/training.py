@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,30 @@ class Schedule:
     """Exponent of the poly schedule."""
 
 
+@dataclass(frozen=True)
+class AdamSchedule:
+    """How long and how fast a stage trains with AdamW, the way of transformers."""
+
+    epochs: int
+    """Passes over the training images."""
+    batch_size: int
+    """Images a step, over all devices."""
+    lr: float
+    """Learning rate of the pretrained layers."""
+    head_lr: float
+    """Learning rate of the new layers."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices; biases, norms, tokens and positions have none."""
+    warmup: float = 0.1
+    """Share of the steps in which the rates rise from almost 0."""
+    floor: float = 0.0
+    """Share of the rates that is left at the end."""
+    decay: Literal["cosine", "poly"] = "cosine"
+    """Shape of the fall after the warm-up."""
+    power: float = 1.0
+    """Exponent of poly."""
+
+
 class Moment(NamedTuple):
     """Where a training stands, all counted from 0."""
 
@@ -65,13 +90,37 @@ def poly_sgd(
     return optimizer, LambdaLR(optimizer, lambda t: (1 - min(t, steps - 1) / steps) ** power)
 
 
-def two_speed_groups(
-    model: nn.Module, heads: Sequence[nn.Module], schedule: Schedule, *, double_biases: bool = False
-) -> list[dict[str, Any]]:
-    """Parameter groups: pretrained layers at ``lr``, the modules in ``heads`` at ``head_lr``; frozen ones left out.
+def warmup_adamw(
+    groups: Sequence[dict[str, Any]], steps: int, schedule: AdamSchedule
+) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """AdamW whose rates rise linearly, then fall; set before step t, from the last step on they stay where they are."""
+    warmup = round(schedule.warmup * steps)
 
-    With ``double_biases`` (PSA), biases learn twice as fast and without weight decay.
+    def factor(t: int) -> float:
+        if t < warmup:
+            return (t + 1) / (warmup + 1)
+        done = min(t, steps - 1) / steps  # counted from the first step, as timm and SegFormer do
+        falling = (1 + math.cos(math.pi * done)) / 2 if schedule.decay == "cosine" else (1 - done) ** schedule.power
+        return schedule.floor + (1 - schedule.floor) * falling
+
+    optimizer = torch.optim.AdamW(groups, lr=0.1, eps=1e-8)
+    return optimizer, LambdaLR(optimizer, factor)
+
+
+def two_speed_groups(
+    model: nn.Module,
+    heads: Sequence[nn.Module | nn.Parameter],
+    schedule: Schedule | AdamSchedule,
+    *,
+    double_biases: bool = False,
+) -> list[dict[str, Any]]:
+    """Parameter groups: pretrained layers at ``lr``, what is in ``heads`` at ``head_lr``; frozen ones left out.
+
+    With ``double_biases`` (PSA), biases learn twice as fast and without weight decay. With an :class:`AdamSchedule`,
+    only matrices have weight decay.
     """
+    if isinstance(schedule, AdamSchedule):
+        return _adam_groups(model, heads, schedule)
     new = {id(parameter) for head in heads for parameter in head.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -88,6 +137,26 @@ def two_speed_groups(
     ]
 
 
+def _adam_groups(
+    model: nn.Module, heads: Sequence[nn.Module | nn.Parameter], schedule: AdamSchedule
+) -> list[dict[str, Any]]:
+    parts = ([head] if isinstance(head, nn.Parameter) else head.parameters() for head in heads)
+    new = {id(parameter) for part in parts for parameter in part}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith(("prefix", "pos_embed"))
+            groups.setdefault((id(parameter) in new, decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": schedule.head_lr if is_new else schedule.lr,
+            "weight_decay": schedule.weight_decay if decays else 0.0,
+        }
+        for (is_new, decays), parameters in groups.items()
+    ]
+
+
 def fit(
     run: Run,
     stage: str,
@@ -95,7 +164,7 @@ def fit(
     dataset: Dataset[dict[str, Tensor]],
     loss_of: Callable[[nn.Module, dict[str, Tensor], Moment], Any],
     groups: Sequence[dict[str, Any]],
-    schedule: Schedule,
+    schedule: Schedule | AdamSchedule,
     *,
     checkpoint_seconds: float = 30.0,
 ) -> nn.Module:
@@ -112,7 +181,7 @@ def fit(
         loss_of: ``loss_of(model, batch, at)`` gives a scalar, or a NamedTuple whose first field is the total; ``at`` is
             the :class:`Moment`, for what changes in the course of a training.
         groups: parameter groups.
-        schedule: epochs, batch size, momentum, power.
+        schedule: epochs, batch size and what the optimiser takes: SGD, or AdamW with an :class:`AdamSchedule`.
         checkpoint_seconds: time between checkpoints.
     """
     final, partial = run.path("checkpoints", f"{stage}.pt"), run.path("checkpoints", f"{stage}.partial.pt")
@@ -125,7 +194,10 @@ def fit(
     per_epoch = max(1, len(dataset) // schedule.batch_size)
     steps = schedule.epochs * per_epoch
     steps = steps if run.config.max_steps is None else min(steps, run.config.max_steps)
-    optimizer, scheduler = poly_sgd(groups, steps, momentum=schedule.momentum, power=schedule.power)
+    if isinstance(schedule, AdamSchedule):
+        optimizer, scheduler = warmup_adamw(groups, steps, schedule)
+    else:
+        optimizer, scheduler = poly_sgd(groups, steps, momentum=schedule.momentum, power=schedule.power)
     done, curve = 0, []
     if partial.exists():
         state = torch.load(partial, map_location=device, weights_only=True)

@@ -169,6 +169,19 @@ def _foreground_ratio(situation: str) -> tuple[Tensor, Tensor, Tensor]:
     return _pixel_logits(situation, 1), labels, 0.2 * labels
 
 
+def _class_tokens(situation: str) -> tuple[Tensor, Tensor]:
+    """Class tokens after two blocks, (2, B, 3, 4), or (2, 1, 1, 1); and labels."""
+    labels = _image_labels(situation)
+    smallest = situation == "smallest"
+    labels = labels[:, :1] if smallest else labels
+    return random(2, *labels.shape, 1 if smallest else 4, seed=3), labels
+
+
+def _mctformer(situation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, labels = _class_tokens(situation)
+    return random(*labels.shape, seed=1), random(*labels.shape, seed=2), tokens, labels
+
+
 def _one_region(situation: str, seed: int = 4) -> tuple[Tensor]:
     """Features of images as after a ReLU: (B, D). No batch at all where all is ignored, none active without a label."""
     images = {"all_ignored": 0, "batch_1": 1, "smallest": 1}.get(situation, 2)
@@ -338,6 +351,21 @@ CASES = (
         predictions=2,
         varies=({"normalize": "weights", "pull_weight": 0.035},),
         sync=True,
+    ),
+    LossCase(
+        losses.class_token_contrastive_loss,
+        losses.ClassTokenContrastiveLoss,
+        _class_tokens,
+        zero_in=("no_label", "all_ignored", "smallest"),  # the only class there is
+        varies=({"reduction": "sum", "num_layers": 1}, {"reduction": "none", "eps": 0.5}),
+    ),
+    LossCase(
+        losses.mctformer_loss,
+        losses.MCTformerLoss,
+        _mctformer,
+        predictions=3,
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"reduction": "sum", "num_layers": 1}, {"reduction": "none", "contrast_weight": 0.5}),
     ),
     LossCase(
         losses.ood_metric_loss,

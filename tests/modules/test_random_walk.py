@@ -363,6 +363,17 @@ def test_propagate_cam_walks_the_background_too() -> None:
     torch.testing.assert_close(propagate_cam(cam, affinity, alpha=4, stride=4), expected, rtol=0, atol=1e-12)
 
 
+def test_propagate_cam_walks_a_constant_background_that_is_0_outside_of_the_image() -> None:
+    cam = random_maps(1, 2, 13, 18).sigmoid()
+    affinity = random_affinity((4, 5), 3)
+    padded = torch.zeros(1, 3, 16, 20, dtype=torch.float64)
+    padded[..., :13, :18] = torch.cat([torch.full_like(cam[:, :1], 0.39), cam], 1)
+    pooled = padded.unfold(2, 4, 4).unfold(3, 4, 4).mean((-1, -2))
+    expected = reference.random_walk(pooled, affinity.dense(), 8, 64)
+    walked = propagate_cam(cam, affinity, background=0.39, stride=4, n_steps=64)
+    torch.testing.assert_close(walked, expected, rtol=0, atol=1e-12)
+
+
 def test_propagate_cam_without_a_class_is_background() -> None:
     scores = propagate_cam(torch.zeros(1, 0, 16, 16), random_affinity((2, 2), 2).to(torch.float32))
     assert torch.equal(scores, torch.ones(1, 1, 2, 2))

@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 
 from recipes.pipeline.run import Run, RunConfig
 from recipes.pipeline.training import (
+    AdamSchedule,
     Moment,
     RandomLongSide,
     RandomScale,
@@ -22,6 +23,7 @@ from recipes.pipeline.training import (
     fit,
     poly_sgd,
     two_speed_groups,
+    warmup_adamw,
 )
 
 SCHEDULE = Schedule(epochs=3, batch_size=4, lr=0.1, head_lr=0.5)
@@ -62,6 +64,51 @@ def train(run: Run, loss_of=squared_error, schedule: Schedule = SCHEDULE) -> dic
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("decay", ["cosine", "poly"])
+def test_adamw_rises_then_falls_to_its_floor(decay: str) -> None:
+    schedule = AdamSchedule(epochs=1, batch_size=1, lr=0.1, head_lr=0.5, warmup=0.2, floor=0.1, decay=decay)
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer, scheduler = warmup_adamw([{"params": [parameter], "lr": 0.5}], 20, schedule)
+    rates = []
+    for _ in range(25):
+        rates.append(scheduler.get_last_lr()[0])
+        parameter.grad = torch.ones(1)
+        optimizer.step()
+        scheduler.step()
+    assert rates[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert rates[4:20] == sorted(rates[4:20], reverse=True)
+    done = 10 / 20
+    falling = {"cosine": 0.5, "poly": 1 - done}[decay]
+    assert rates[10] == pytest.approx(0.5 * (0.1 + 0.9 * falling))
+    assert rates[19:] == [rates[19]] * 6
+    assert 0.05 < rates[19] < 0.08
+
+
+def test_adam_groups_decay_matrices_only() -> None:
+    schedule = AdamSchedule(epochs=1, batch_size=1, lr=0.1, head_lr=0.5)
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+    model.prefix = nn.Parameter(torch.zeros(1, 2, 4))
+    model[0].bias.requires_grad_(False)
+    groups = two_speed_groups(model, [model[2], model.prefix], schedule)
+    seen = {(group["lr"], group["weight_decay"]): len(group["params"]) for group in groups}
+    assert seen == {(0.1, 0.05): 1, (0.1, 0.0): 2, (0.5, 0.05): 1, (0.5, 0.0): 2}
+
+
+def test_adamw_killed_and_resumed_gives_the_same_weights(tmp_path: Path) -> None:
+    schedule = AdamSchedule(epochs=3, batch_size=4, lr=0.01, head_lr=0.05)
+    whole = train(make_run(tmp_path / "whole"), schedule=schedule)
+
+    def interrupted(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
+        if at.step == 4:
+            raise KeyboardInterrupt
+        return squared_error(model, batch, at)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_run(tmp_path / "cut"), interrupted, schedule)
+    resumed = train(make_run(tmp_path / "cut"), schedule=schedule)
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
 def test_poly_sgd_falls_to_its_last_value_and_stays() -> None:
