@@ -292,6 +292,9 @@ class ClassTokenPool(nn.Module):
         tensor([[ 2., -1.]])
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def forward(self, class_tokens: Tensor) -> Tensor:
         """Score tokens, see the class."""
         check_ndim("class_tokens", class_tokens, 3, "(B, K, D)")
@@ -376,7 +379,7 @@ class MultiClassTokenOutput(NamedTuple):
 
 
 class LocalizedClasses(NamedTuple):
-    """What `MultiClassTokenViT.localize` returns.
+    """What `localize` of a `MultiClassTokenViT` returns.
 
     Attributes:
         cam: (B, K, h, w) maps, at least 0, neither refined nor normalised.
@@ -416,6 +419,11 @@ class MultiClassTokenViT(nn.Module):
     Notes:
         Training never makes an attention matrix; `localize` sums them as the blocks run. All parameters take part in
         the loss, so that DDP needs no search for unused ones.
+
+        The blocks of MiT convolve the patches on their grid, where a class token has no place: put a few
+        `TransformerBlock` behind its last stage, as behind a convolutional network. Without class tokens,
+        `PatchCAMHead` and, with the attention of blocks that `query_key` can read, `AttentionSums(depth, 0)` and
+        `refine_with_patch_affinity` serve any backbone.
 
     Example:
         >>> from wsss_modules import TokenEncoder, TransformerBlock

@@ -487,6 +487,10 @@ class TokenEncoder(nn.Module):
 
     def forward(self, images: Tensor, *, visit: Visit | None = None, layers: bool = False) -> Tokens:
         """Encode images, see the class; ``layers`` also returns the prefix tokens after each block."""
+        check_ndim("images", images, 4, "(B, 3, H, W)")
+        if isinstance(self.patch_embed, nn.Conv2d):
+            height, width = self.patch_embed.kernel_size
+            patch_grid(images.shape, (height, width))  # says what is wrong with an image smaller than a patch
         features = self.patch_embed(images)  # (B, D, h, w)
         check_shape("patch_embed(images)", features, (len(images), self.pos_embed.shape[2], None, None), "(B, D, h, w)")
         grid = (features.shape[2], features.shape[3])

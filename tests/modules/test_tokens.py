@@ -225,6 +225,10 @@ def test_encoder_compiles_and_trains_all_of_its_parameters() -> None:
 def test_encoder_messages() -> None:
     with pytest.raises(ValueError, match="num_prefix, grid: expected"):
         small_encoder(num_prefix=-1)
+    with pytest.raises(ValueError, match=r"size: expected at least one patch of 8 x 8 pixels, got \(16, 7\)"):
+        small_encoder()(torch.zeros(1, 3, 16, 7))
+    with pytest.raises(ValueError, match=r"images: expected shape \(B, 3, H, W\)"):
+        small_encoder()(torch.zeros(3, 16, 16))
     encoder = TokenEncoder(nn.Conv2d(3, 8, 8, stride=8), [], 12, num_prefix=0, grid=(1, 1))
     with pytest.raises(ValueError, match=r"patch_embed\(images\): expected shape \(1, 12, \*, \*\)"):
         encoder(torch.zeros(1, 3, 8, 8))

@@ -160,7 +160,9 @@ def seed_generation(case: Case) -> dict[str, Tensor]:
 @adapter("mctformer/psa_random_walk")
 def psa_random_walk(case: Case) -> dict[str, object]:
     call = case.call
-    cam = torch.stack([case.inputs[f"in.seed_{key}"] for key in call["keys"]])[None]
+    cam = torch.zeros(1, 0, *case.expected["out.label"].shape)  # an image without a class has no seed to tell its size
+    if call["keys"]:
+        cam = torch.stack([case.inputs[f"in.seed_{key}"] for key in call["keys"]])[None]
     stride = 8  # of the released network
     size = (-(-cam.shape[2] // stride), -(-cam.shape[3] // stride))
     scores = modules.propagate_cam(
