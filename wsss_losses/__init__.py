@@ -10,6 +10,17 @@ from wsss_losses.aeft import (
     erasing_attraction_loss,
     erasing_repulsion_loss,
 )
+from wsss_losses.afa import (
+    AFALoss,
+    AFATerms,
+    AttentionAffinityLoss,
+    BalancedCrossEntropyLoss,
+    MultiLabelSoftMarginLoss,
+    afa_loss,
+    attention_affinity_loss,
+    balanced_cross_entropy_loss,
+    multi_label_soft_margin_loss,
+)
 from wsss_losses.c2am import (
     C2AMLoss,
     C2AMTerms,
@@ -66,6 +77,12 @@ from wsss_losses.spatial_bce import (
     spatial_bce_loss,
     spatial_bce_threshold_loss,
 )
+from wsss_losses.vitpcm import (
+    PatchEquivarianceLoss,
+    PooledProbabilityBCELoss,
+    patch_equivariance_loss,
+    pooled_probability_bce_loss,
+)
 from wsss_losses.wood import (
     OoDMetricLoss,
     OoDNegativeLoss,
@@ -79,8 +96,12 @@ from wsss_losses.wood import (
 __all__ = [
     "AEFTLoss",
     "AEFTTerms",
+    "AFALoss",
+    "AFATerms",
     "AffinityLoss",
     "AffinityTerms",
+    "AttentionAffinityLoss",
+    "BalancedCrossEntropyLoss",
     "BoundaryAffinityLoss",
     "C2AMLoss",
     "C2AMTerms",
@@ -97,8 +118,11 @@ __all__ = [
     "InterPixelRelationTerms",
     "MCTformerLoss",
     "MCTformerTerms",
+    "MultiLabelSoftMarginLoss",
     "OoDMetricLoss",
     "OoDNegativeLoss",
+    "PatchEquivarianceLoss",
+    "PooledProbabilityBCELoss",
     "ReCAMLoss",
     "ReCAMTerms",
     "RegionalContrastLoss",
@@ -111,7 +135,10 @@ __all__ = [
     "WOoDLoss",
     "WOoDTerms",
     "aeft_loss",
+    "afa_loss",
     "affinity_loss",
+    "attention_affinity_loss",
+    "balanced_cross_entropy_loss",
     "boundary_affinity_loss",
     "c2am_loss",
     "class_specific_erasing_loss",
@@ -122,8 +149,11 @@ __all__ = [
     "foreground_ratio_kl_loss",
     "inter_pixel_relation_loss",
     "mctformer_loss",
+    "multi_label_soft_margin_loss",
     "ood_metric_loss",
     "ood_negative_loss",
+    "patch_equivariance_loss",
+    "pooled_probability_bce_loss",
     "recam_loss",
     "regional_contrast_loss",
     "sce_reactivation_loss",

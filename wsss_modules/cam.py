@@ -377,7 +377,8 @@ class CAMHead(nn.Module):
     r"""Image classifier without bias whose weights, applied at each pixel, are the class activation maps.
 
     With features x and weights w: ``logits = w . mean_hw(dropout(x))`` and ``cam = relu(w . x)``, optionally its square
-    root. Dropout never touches the maps.
+    root. Dropout never touches the maps. With ``pool="max"`` the largest value of each channel takes the place of the
+    mean (AFA, whose maps are signed: `class_maps`).
 
     Args:
         in_channels: D.
@@ -386,12 +387,13 @@ class CAMHead(nn.Module):
             classifies each pixel and then averages (VGG-16). Equal but for rounding.
         sqrt: Compress the maps with a square root (VGG-16 of PSA).
         dropout: Probability with which a channel is dropped in training (PSA: 0.5; IRN: 0).
+        pool: "mean" or "max" over the pixels: of the features, or of the class scores with "conv_then_gap".
 
     Shapes:
         features (B, D, H, W) -> `CAMOutput` with logits (B, K) and cam (B, K, H, W).
 
     Raises:
-        ValueError: an unknown ``mode``, or features without D channels.
+        ValueError: an unknown ``mode`` or ``pool``, or features without D channels.
 
     Paper:
         Zhou et al., Learning Deep Features for Discriminative Localization, CVPR 2016, arXiv:1512.04150; as in Ahn and
@@ -415,12 +417,16 @@ class CAMHead(nn.Module):
         mode: Literal["gap_then_conv", "conv_then_gap"] = "gap_then_conv",
         sqrt: bool = False,
         dropout: float = 0.0,
+        pool: Literal["mean", "max"] = "mean",
     ) -> None:
         super().__init__()
+        if pool not in ("mean", "max"):
+            raise ValueError(f'pool: expected "mean" or "max", got {pool!r}')
         if mode not in ("gap_then_conv", "conv_then_gap"):
             raise ValueError(f'mode: expected "gap_then_conv" or "conv_then_gap", got {mode!r}')
         self.mode = mode
         self.sqrt = sqrt
+        self.pool = pool
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(in_channels, num_classes, 1, bias=False)
         nn.init.xavier_uniform_(self.classifier.weight)
@@ -430,12 +436,12 @@ class CAMHead(nn.Module):
         check_shape("features", features, (None, self.classifier.in_channels, None, None), "for this head")
         maps = self.class_maps(features)
         if self.mode == "gap_then_conv":
-            pooled = self.dropout(features).mean((2, 3), keepdim=True)
+            pooled = self._pooled(self.dropout(features))
             logits = rearrange(self.classifier(pooled), "b k 1 1 -> b k")
         elif self.training and self.dropout.p > 0:
-            logits = self.classifier(self.dropout(features)).mean((2, 3))
+            logits = self._pooled(self.classifier(self.dropout(features))).flatten(1)
         else:
-            logits = maps.mean((2, 3))
+            logits = self._pooled(maps).flatten(1)
         cam = F.relu(maps)
         if self.sqrt:  # selected before the root, whose slope at 0 is infinite
             cam = torch.where(cam > 0, torch.where(cam > 0, cam, 1.0).sqrt(), 0.0)
@@ -445,9 +451,12 @@ class CAMHead(nn.Module):
         """Signed class scores of each pixel, (B, K, H, W): the maps before ReLU."""
         return self.classifier(features)
 
+    def _pooled(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True) if self.pool == "mean" else F.adaptive_max_pool2d(x, 1)
+
     def extra_repr(self) -> str:
         """Show the options."""
-        return f"mode={self.mode!r}, sqrt={self.sqrt}"
+        return f"mode={self.mode!r}, sqrt={self.sqrt}, pool={self.pool!r}"
 
 
 def _present(labels: Tensor) -> Tensor:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import wsss_losses as losses
-from wsss_modules import AffinityLabels, affinity_labels, draw_region_mix_up, sample_erase_class
+from wsss_modules import (
+    AffinityLabels,
+    affinity_labels,
+    draw_region_mix_up,
+    labels_to_affinity,
+    merge_class_labels,
+    sample_erase_class,
+)
 
 # What the images of a batch may lack. "typical" has everything.
 SITUATIONS = ("typical", "no_label", "all_ignored", "batch_1", "smallest")
@@ -220,6 +227,42 @@ def _regions(situation: str) -> tuple[Any, ...]:
     return embedding, cam, labels, random(3, 4, 6, seed=3), torch.tensor([4, 2, 3]), mix
 
 
+def _tags(situation: str) -> tuple[Tensor, Tensor]:
+    labels = _image_labels(situation)
+    return random(*labels.shape, seed=1), labels
+
+
+def _attention_affinity(situation: str) -> tuple[Tensor, Tensor]:
+    target = labels_to_affinity(label_map(situation, 3, 4), radius=1, stride=1)
+    return torch.sigmoid(random(*target.shape, seed=1)), target
+
+
+def _segmentation(situation: str) -> tuple[Tensor, Tensor]:
+    mask = label_map(situation, 6, 8)
+    coarse = (1, 1) if situation == "smallest" else (3, 4)
+    return random(len(mask), 3, *coarse, seed=2), mask
+
+
+def _afa(situation: str) -> tuple[Tensor, ...]:
+    (affinity, target), (seg_logits, mask) = _attention_affinity(situation), _segmentation(situation)
+    labels = torch.tensor([[1.0, 0], [1, 1]], dtype=torch.float64)[: len(mask)]
+    labels = labels * 0 if situation in ("no_label", "all_ignored") else labels
+    return random(*labels.shape, seed=3), seg_logits, affinity, labels, mask, target
+
+
+def _pooled(situation: str) -> tuple[Tensor, Tensor]:
+    """Probabilities and labels of background and three classes; only the background where there is no label."""
+    labels = torch.nn.functional.pad(_image_labels(situation), (1, 0), value=1.0)
+    return torch.sigmoid(random(*labels.shape, seed=1)), labels
+
+
+def _patch_views(situation: str) -> tuple[Tensor, Tensor]:
+    labels = _image_labels(situation)
+    size = (1, 1) if situation == "smallest" else (4, 4)
+    probs, views = (random(*labels.shape, *size, seed=seed).softmax(1) for seed in (1, 2))
+    return views, merge_class_labels(probs, labels)
+
+
 PAIR_OPTIONS = {"radius": 3}
 FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
 
@@ -409,5 +452,48 @@ CASES = (
         zero_in=("no_label", "all_ignored", "smallest"),
         varies=({"reduction": "none", "temperature": 0.5}, {"reduction": "mean", "log_floor": 1e-4}),
         data_dependent="the number of regions depends on the labels",
+    ),
+    LossCase(
+        losses.multi_label_soft_margin_loss,
+        losses.MultiLabelSoftMarginLoss,
+        _tags,
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.attention_affinity_loss,
+        losses.AttentionAffinityLoss,
+        _attention_affinity,
+        varies=({"form": "log", "eps": 1e-3}, *({"reduction": reduction} for reduction in ("mean", "sum", "none"))),
+        sync=True,
+    ),
+    LossCase(
+        losses.balanced_cross_entropy_loss,
+        losses.BalancedCrossEntropyLoss,
+        _segmentation,
+        sync=True,
+    ),
+    LossCase(
+        losses.afa_loss,
+        losses.AFALoss,
+        _afa,
+        predictions=3,
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"seg_weight": 1.0, "affinity_weight": 0.5},),
+        sync=True,
+    ),
+    LossCase(
+        losses.pooled_probability_bce_loss,
+        losses.PooledProbabilityBCELoss,
+        _pooled,
+        zero_in=(),  # the background is learnt in every image
+        varies=({"reduction": "sum", "eps": 1e-3}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.patch_equivariance_loss,
+        losses.PatchEquivarianceLoss,
+        _patch_views,
+        zero_in=("no_label", "all_ignored"),
+        varies=({"reduction": "sum", "eps": 1e-3}, {"reduction": "none"}),
     ),
 )

@@ -1,5 +1,11 @@
-"""Affinity of pixel pairs: offsets and paths, pair labels, `LocalAffinity`, boundary maps, AffinityNet's head."""
+"""Affinity of pixel pairs: offsets, paths, labels, `LocalAffinity`, boundary maps, the heads of AffinityNet and AFA."""
 
+from wsss_modules.affinity.attention import (
+    AttentionAffinityHead,
+    labels_to_affinity,
+    local_window_mask,
+    window_offsets,
+)
 from wsss_modules.affinity.edge import EdgeToAffinity, edge_to_affinity
 from wsss_modules.affinity.head import AffinityHead, feature_affinity
 from wsss_modules.affinity.local import LocalAffinity, Transition
@@ -9,6 +15,7 @@ from wsss_modules.affinity.pairs import AffinityLabels, affinity_labels, pair_di
 __all__ = [
     "AffinityHead",
     "AffinityLabels",
+    "AttentionAffinityHead",
     "EdgeToAffinity",
     "LocalAffinity",
     "PairIndex",
@@ -18,7 +25,10 @@ __all__ = [
     "affinity_offsets",
     "edge_to_affinity",
     "feature_affinity",
+    "labels_to_affinity",
+    "local_window_mask",
     "pair_displacement",
     "pair_index",
     "path_offsets",
+    "window_offsets",
 ]

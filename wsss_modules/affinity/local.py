@@ -96,13 +96,21 @@ class LocalAffinity:
         return cls(offsets, values)
 
     @classmethod
-    def from_dense(cls, matrix: Tensor, size: tuple[int, int], *, radius: int | None = None) -> LocalAffinity:
+    def from_dense(
+        cls,
+        matrix: Tensor,
+        size: tuple[int, int],
+        *,
+        radius: int | None = None,
+        offsets: tuple[Offset, ...] | None = None,
+    ) -> LocalAffinity:
         """Read a symmetric matrix with unit diagonal, for comparison with code that stores N x N.
 
         Args:
             matrix: (B, N, N) float, symmetric, with unit diagonal; the upper triangle is read.
             size: height and width of the map in pixels, ``N = H·W``.
             radius: keep the pairs closer than this; ``None`` keeps all, which makes P about ``2N``.
+            offsets: keep the pairs at these offsets of the upper half plane instead, e.g. of :func:`window_offsets`.
 
         Raises:
             ValueError: if ``matrix`` does not have ``H·W`` rows and columns.
@@ -110,10 +118,11 @@ class LocalAffinity:
         height, width = size
         n_pixels = height * width
         check_shape("matrix", matrix, (None, n_pixels, n_pixels), f"for a {height} x {width} map")
-        if radius is None:
+        if offsets is None and radius is None:
             plane = [(dy, dx) for dy in range(height) for dx in range(1 - width, width) if dy > 0 or dx > 0]
-            offsets: tuple[Offset, ...] = tuple(plane)
-        else:
+            offsets = tuple(plane)
+        elif offsets is None:
+            assert radius is not None  # for mypy
             offsets = ordered_offsets(radius, "raster")
         valid = inside(offsets, size, matrix.device)  # (P, H, W)
         source = torch.arange(n_pixels, device=matrix.device).view(size)

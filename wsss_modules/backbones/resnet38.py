@@ -1,4 +1,4 @@
-"""Backbones that the field uses and timm lacks: ResNet-38d.
+"""ResNet-38d, a wide residual network that timm lacks.
 
 Axes: B images, C channels, H W pixels, h w cells of stride 8.
 """
