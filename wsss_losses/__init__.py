@@ -16,6 +16,13 @@ from wsss_losses.c2am import (
     sim_max_loss,
     sim_min_loss,
 )
+from wsss_losses.eps import (
+    EPSLoss,
+    EPSTerms,
+    SaliencyGuidedMapLoss,
+    eps_loss,
+    saliency_guided_map_loss,
+)
 from wsss_losses.irn import (
     BoundaryAffinityLoss,
     DisplacementLoss,
@@ -30,6 +37,11 @@ from wsss_losses.occse import (
     ClassSpecificErasingLoss,
     ClassSpecificErasingTerms,
     class_specific_erasing_loss,
+)
+from wsss_losses.ppc import (
+    PixelToPrototypeContrastLoss,
+    PixelToPrototypeTerms,
+    pixel_to_prototype_contrast_loss,
 )
 from wsss_losses.psa import (
     AffinityLoss,
@@ -47,6 +59,18 @@ from wsss_losses.recam import (
     SoftmaxReactivationTerms,
     recam_loss,
     sce_reactivation_loss,
+)
+from wsss_losses.seam import (
+    AdaptiveMinPoolingLoss,
+    CrossRegularizationTerms,
+    EquivariantCrossRegularizationLoss,
+    EquivariantRegularizationLoss,
+    SEAMLoss,
+    SEAMTerms,
+    adaptive_min_pooling_loss,
+    equivariant_cross_regularization_loss,
+    equivariant_regularization_loss,
+    seam_loss,
 )
 from wsss_losses.spatial_bce import (
     ForegroundRatioKLLoss,
@@ -67,6 +91,7 @@ from wsss_losses.wood import (
 )
 
 __all__ = [
+    "AdaptiveMinPoolingLoss",
     "AffinityLoss",
     "AffinityTerms",
     "BoundaryAffinityLoss",
@@ -74,8 +99,13 @@ __all__ = [
     "C2AMTerms",
     "ClassSpecificErasingLoss",
     "ClassSpecificErasingTerms",
+    "CrossRegularizationTerms",
     "DisplacementLoss",
     "DisplacementTerms",
+    "EPSLoss",
+    "EPSTerms",
+    "EquivariantCrossRegularizationLoss",
+    "EquivariantRegularizationLoss",
     "ErasingAttractionLoss",
     "ErasingRepulsionLoss",
     "ErasingRepulsionTerms",
@@ -84,9 +114,14 @@ __all__ = [
     "InterPixelRelationTerms",
     "OoDMetricLoss",
     "OoDNegativeLoss",
+    "PixelToPrototypeContrastLoss",
+    "PixelToPrototypeTerms",
     "ReCAMLoss",
     "ReCAMTerms",
     "RegionalContrastLoss",
+    "SEAMLoss",
+    "SEAMTerms",
+    "SaliencyGuidedMapLoss",
     "SimMaxLoss",
     "SimMinLoss",
     "SoftmaxReactivationLoss",
@@ -95,20 +130,27 @@ __all__ = [
     "SpatialBCEThresholdLoss",
     "WOoDLoss",
     "WOoDTerms",
+    "adaptive_min_pooling_loss",
     "affinity_loss",
     "boundary_affinity_loss",
     "c2am_loss",
     "class_specific_erasing_loss",
     "displacement_loss",
+    "eps_loss",
+    "equivariant_cross_regularization_loss",
+    "equivariant_regularization_loss",
     "erasing_attraction_loss",
     "erasing_repulsion_loss",
     "foreground_ratio_kl_loss",
     "inter_pixel_relation_loss",
     "ood_metric_loss",
     "ood_negative_loss",
+    "pixel_to_prototype_contrast_loss",
     "recam_loss",
     "regional_contrast_loss",
+    "saliency_guided_map_loss",
     "sce_reactivation_loss",
+    "seam_loss",
     "sim_max_loss",
     "sim_min_loss",
     "spatial_bce_loss",
