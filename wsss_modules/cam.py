@@ -75,7 +75,7 @@ def normalize_cam(cam: Tensor, eps: float = 1e-5, *, subtract_min: bool = False)
     return (values / torch.where(scale > 0, scale, 1.0)).to(cam.dtype)
 
 
-def minmax_cam(cam: Tensor, eps: float = 1e-5) -> Tensor:
+def minmax_cam(cam: Tensor, eps: float = 1e-5, *, clamp: bool = True) -> Tensor:
     r"""Rectify every map and stretch it to the full range.
 
     .. math:: \hat a_k = \frac{r(r(a_k) - \min_{hw} r(a_k) - \epsilon)}{\max_{hw} r(a_k) - \min_{hw} r(a_k) + \epsilon}
@@ -85,10 +85,12 @@ def minmax_cam(cam: Tensor, eps: float = 1e-5) -> Tensor:
     Args:
         cam: (..., H, W) floating point, signed.
         eps: Subtracted above and added below; a map whose range is within it becomes zero, also one that is constant.
+        clamp: Apply the outer ReLU. Without it a value within ``eps`` of the minimum is taken for 0 and comes out
+            negative: a map of zeros becomes -1 everywhere and loses against any background (PPC).
 
     Returns:
         (..., H, W) in [0, 1), in the dtype of ``cam``; the maximum of a map rounds to 1 where its range is far above
-        ``eps``. Gradients flow through minimum and maximum as well.
+        ``eps``. Gradients flow through minimum and maximum as well. Below 0 without ``clamp``.
 
     Raises:
         TypeError: ``cam`` is not floating point.
@@ -113,7 +115,10 @@ def minmax_cam(cam: Tensor, eps: float = 1e-5) -> Tensor:
         return cam
     values = F.relu(at_least_float32(cam))
     low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
-    return (F.relu(values - low - eps) / (high - low + eps)).to(cam.dtype)
+    if clamp:
+        return (F.relu(values - low - eps) / (high - low + eps)).to(cam.dtype)
+    values = torch.where(values < low + eps, 0.0, values)
+    return ((values - low - eps) / (high - low + eps)).to(cam.dtype)
 
 
 def background_score(cam: Tensor, alpha: float, labels: Tensor | None = None) -> Tensor:

@@ -1,16 +1,20 @@
-"""Label maps from class scores and a saliency map.
+"""What a saliency map says about class scores: label maps, and which classes are foreground.
 
 Axes: B images, K foreground classes of the image at hand, H W pixels.
 """
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from wsss_modules._checks import check_floating, check_integer, check_ndim, check_shape
+from wsss_modules._precision import at_least_float32
 
-__all__ = ["fuse_saliency_labels"]
+__all__ = ["SaliencyMaps", "estimate_saliency", "fuse_saliency_labels", "route_by_saliency"]
 
 
 def fuse_saliency_labels(
@@ -79,3 +83,131 @@ def fuse_saliency_labels(
     mask = torch.where(doubtful, ignore_index, classes)
     labelled = ((label > 0) & ~doubtful).flatten(1).double().mean(1)  # double: 1 % exactly is enough
     return torch.where((labelled < min_foreground)[:, None, None], ignore_index, mask)
+
+
+@torch.no_grad()
+def route_by_saliency(
+    probability: Tensor,
+    saliency: Tensor,
+    labels: Tensor,
+    *,
+    threshold: float = 0.4,
+    eps: float = 1e-4,
+    eps_mode: Literal["pixels", "once"] = "pixels",
+) -> Tensor:
+    r"""Which of the present classes are salient objects: those whose area lies in the salient area (EPS).
+
+    .. math:: |\{p_k > .5\} \cap \{s > .5\}| \,/\, (|\{p_k > .5\}| + n \epsilon) > threshold
+
+    with n the number of pixels. The others, such as the rails of a train or an object that saliency overlooks, belong
+    to the background of the saliency map.
+
+    Args:
+        probability: (B, 1+K, H, W) in [0, 1], background first: the softmax of class maps.
+        saliency: (B, 1, H', W') foreground probability in [0, 1]; read at the nearest pixel if the size differs.
+        labels: (B, K) multi-hot.
+        threshold: Least share of a class's area. From 1 on no class is kept, below 0 every present one.
+        eps: Keeps the divisor from 0.
+        eps_mode: "pixels": one ``eps`` for each pixel of the map, as released, so that small areas are judged a little
+            more strictly on large maps; "once".
+
+    Returns:
+        (B, K) bool, True for present classes that are kept as foreground, without gradient.
+
+    Raises:
+        TypeError: ``probability`` or ``saliency`` is not floating point.
+        ValueError: a wrong shape, or an unknown ``eps_mode``.
+
+    Paper:
+        Lee, Lee, Lee and Shim, Railroad is not a Train: Saliency as Pseudo-pixel Supervision for Weakly Supervised
+        Semantic Segmentation, CVPR 2021, arXiv:2105.08965.
+
+    Notes:
+        The ratio is the precision of a class's area, not an intersection over union. A class that is nowhere above .5
+        has ratio 0 and is not kept. Compiles with ``fullgraph=True``.
+
+    Example:
+        >>> probability = torch.tensor([[[[0.1, 0.1, 0.2]], [[0.9, 0.2, 0.0]], [[0.0, 0.7, 0.8]]]])
+        >>> route_by_saliency(probability, torch.tensor([[[[1.0, 0.0, 0.0]]]]), torch.tensor([[1, 1]]))
+        tensor([[ True, False]])
+    """
+    check_ndim("probability", probability, 4, "(B, 1+K, H, W)")
+    check_floating("probability", probability)
+    check_shape("labels", labels, (probability.shape[0], probability.shape[1] - 1), "to match probability")
+    if eps_mode not in ("pixels", "once"):
+        raise ValueError(f'eps_mode: expected "pixels" or "once", got {eps_mode!r}')
+    salient = saliency_on_grid(saliency, probability) > 0.5
+    hard = probability[:, 1:] > 0.5
+    dtype = torch.promote_types(probability.dtype, torch.float32)
+    area, inside = hard.to(dtype).sum((2, 3)), (hard & salient).to(dtype).sum((2, 3))
+    pixels = probability.shape[2] * probability.shape[3] if eps_mode == "pixels" else 1
+    return (labels > 0) & (inside / (area + pixels * eps) > threshold)
+
+
+class SaliencyMaps(NamedTuple):
+    """What `estimate_saliency` returns.
+
+    Attributes:
+        foreground: (B, 1, H, W) sum of the kept classes, in [0, 1].
+        background: (B, 1, H, W) sum of the background and of the present classes that are not kept, in [0, 1].
+        estimate: (B, 1, H, W) the saliency estimated from both, in [0, 1].
+    """
+
+    foreground: Tensor
+    background: Tensor
+    estimate: Tensor
+
+
+def estimate_saliency(
+    probability: Tensor, kept: Tensor, labels: Tensor, *, foreground_weight: float = 0.5
+) -> SaliencyMaps:
+    r"""Saliency as class maps have it: :math:`\lambda\, fg + (1 - \lambda)(1 - bg)` (EPS).
+
+    Absent classes belong to neither map, so that :math:`1 - bg` counts their mass as foreground.
+
+    Args:
+        probability: (B, 1+K, H, W) in [0, 1], background first: the softmax of class maps.
+        kept: (B, K) bool, see `route_by_saliency`; read for present classes only.
+        labels: (B, K) multi-hot.
+        foreground_weight: lambda, in [0, 1]: 0.5 for VOC, 0.9 for COCO.
+
+    Returns:
+        `SaliencyMaps` in the dtype of ``probability``.
+
+    Raises:
+        TypeError: ``probability`` is not floating point.
+        ValueError: a wrong shape, or a weight outside [0, 1].
+
+    Paper:
+        Lee et al., CVPR 2021, arXiv:2105.08965.
+
+    Notes:
+        `wsss_losses.saliency_guided_map_loss` computes the estimate as one weighted sum and makes neither of the other
+        two maps.
+
+    Example:
+        >>> probability = torch.tensor([[[[0.1]], [[0.6]], [[0.3]]]])
+        >>> maps = estimate_saliency(probability, torch.tensor([[True, False]]), torch.tensor([[1, 1]]))
+        >>> [round(x.item(), 2) for x in maps]
+        [0.6, 0.4, 0.6]
+    """
+    check_ndim("probability", probability, 4, "(B, 1+K, H, W)")
+    check_floating("probability", probability)
+    if not 0 <= foreground_weight <= 1:
+        raise ValueError(f"foreground_weight: expected a number in [0, 1], got {foreground_weight}")
+    classes = (probability.shape[0], probability.shape[1] - 1)
+    check_shape("labels", labels, classes, "to match probability")
+    check_shape("kept", kept, classes, "to match probability")
+    p, present = at_least_float32(probability), (labels > 0)[:, :, None, None]
+    chosen = kept.bool()[:, :, None, None]
+    foreground = torch.where(present & chosen, p[:, 1:], 0.0).sum(1, keepdim=True)
+    background = p[:, :1] + torch.where(present & ~chosen, p[:, 1:], 0.0).sum(1, keepdim=True)
+    estimate = foreground_weight * foreground + (1 - foreground_weight) * (1 - background)
+    return SaliencyMaps(*(x.to(probability.dtype) for x in (foreground, background, estimate)))
+
+
+def saliency_on_grid(saliency: Tensor, maps: Tensor) -> Tensor:
+    """``saliency`` (B, 1, H', W') at the nearest pixels of ``maps`` (B, C, H, W): (B, 1, H, W), checked."""
+    check_floating("saliency", saliency)
+    check_shape("saliency", saliency, (maps.shape[0], 1, None, None), "to match the class maps")
+    return saliency if saliency.shape[2:] == maps.shape[2:] else F.interpolate(saliency, maps.shape[2:], mode="nearest")

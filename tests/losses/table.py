@@ -263,6 +263,45 @@ def _patch_views(situation: str) -> tuple[Tensor, Tensor]:
     return views, merge_class_labels(probs, labels)
 
 
+def _two_views(situation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Signed class maps of an image and of a reduced copy, and labels."""
+    labels = _image_labels(situation)
+    sizes = ((1, 1), (1, 1)) if situation == "smallest" else ((6, 7), (4, 5))
+    return *(random(*labels.shape, *size, seed=seed) for seed, size in enumerate(sizes, 1)), labels
+
+
+def _refined_views(situation: str) -> tuple[Tensor, ...]:
+    """Maps in [0, 1] with a background of both views, then what `_two_views` gives."""
+    cam1, cam2, labels = _two_views(situation)
+    refined = (torch.sigmoid(random(len(x), 4, *x.shape[2:], seed=seed)) for seed, x in enumerate((cam1, cam2), 3))
+    return *refined, cam1, cam2, labels
+
+
+def _seam(situation: str) -> tuple[Tensor, ...]:
+    refined1, refined2, cam1, cam2, labels = _refined_views(situation)
+    return cam1, cam2, refined1, refined2, labels
+
+
+def _contrast(situation: str) -> tuple[Tensor, ...]:
+    """Features and maps of both views, labels, the pixels drawn, and prototypes with the background's."""
+    cam1, cam2, labels = _two_views(situation)
+    features = (random(len(x), 6, *x.shape[2:], seed=seed) for seed, x in enumerate((cam1, cam2), 5))
+    drawn = (random(len(cam2), *cam2.shape[2:], seed=seed) > 0 for seed in (7, 8))
+    return *features, cam1, cam2, labels, *drawn, random(4, 6, seed=9), random(4, 6, seed=10)
+
+
+def _scores_and_saliency(situation: str) -> tuple[Tensor, Tensor, Tensor]:
+    labels = _image_labels(situation)
+    size = (1, 1) if situation == "smallest" else (5, 6)
+    saliency = torch.sigmoid(3 * random(len(labels), 1, 3 * size[0], 2 * size[1], seed=2))
+    return 3 * random(len(labels), 4, *size, seed=1), saliency, labels
+
+
+def _eps(situation: str) -> tuple[Tensor, ...]:
+    scores, saliency, labels = _scores_and_saliency(situation)
+    return random(*labels.shape, seed=3), scores, saliency, labels
+
+
 PAIR_OPTIONS = {"radius": 3}
 FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
 
@@ -495,5 +534,68 @@ CASES = (
         _patch_views,
         zero_in=("no_label", "all_ignored"),
         varies=({"reduction": "sum", "eps": 1e-3}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.adaptive_min_pooling_loss,
+        losses.AdaptiveMinPoolingLoss,
+        lambda situation: (torch.sigmoid(_two_views(situation)[0]), _two_views(situation)[2]),
+        zero_in=("no_label", "all_ignored"),
+        varies=({"fraction": 1.0, "reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.equivariant_regularization_loss,
+        losses.EquivariantRegularizationLoss,
+        _two_views,
+        predictions=2,
+        zero_in=("no_label", "all_ignored", "smallest"),
+        varies=({"reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.equivariant_cross_regularization_loss,
+        losses.EquivariantCrossRegularizationLoss,
+        _refined_views,
+        predictions=2,
+        zero_in=(),  # the absence of all classes is background everywhere
+        varies=({"ratio": 0.6, "reduction": "sum"}, {"legacy_background": True, "reduction": "none"}),
+    ),
+    LossCase(
+        losses.seam_loss,
+        losses.SEAMLoss,
+        _seam,
+        predictions=4,
+        options={"ecr_weight": 0.0},  # it holds the first two predictions constant, which gradcheck can't
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"ecr_weight": 0.0, "er_weight": 2.0, "reduction": "sum"}, {"ecr_weight": 0.0, "reduction": "none"}),
+    ),
+    LossCase(
+        losses.pixel_to_prototype_contrast_loss,
+        losses.PixelToPrototypeContrastLoss,
+        _contrast,
+        predictions=2,
+        zero_in=(),  # pixels of the background have a prototype too
+        varies=(
+            {"temperature": 0.5, "background": 0.4, "semi_hard": (0, 2), "hard_ratio": 0.9, "grid": (4, 5)},
+            {"drop_absent": True, "cross_prototype_weight": 1.0, "cross_cam_weight": 0.5, "intra_weight": 2.0},
+        ),
+        sync=True,
+        constants=2,
+    ),
+    LossCase(
+        losses.saliency_guided_map_loss,
+        losses.SaliencyGuidedMapLoss,
+        _scores_and_saliency,
+        zero_in=(),  # the absence of all classes is background everywhere
+        varies=(
+            {"threshold": 0.0, "foreground_weight": 0.9, "reduction": "sum"},
+            {"eps": 1.0, "eps_mode": "once", "reduction": "none"},
+        ),
+    ),
+    LossCase(
+        losses.eps_loss,
+        losses.EPSLoss,
+        _eps,
+        predictions=2,
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"foreground_weight": 1.0, "reduction": "sum"}, {"reduction": "none"}),
     ),
 )
