@@ -64,11 +64,11 @@ class RCAConfig:
     """The network with its memory, and its training."""
 
     backbone: str = "tf_efficientnet_lite0"
-    """timm name; vgg16 is dilated to 8 pixels per cell."""
+    """timm name; vgg16 has 8 pixels per cell."""
     weights: str = "classifier"
     """imagenet, random, a file, or classifier, the weights of a plain one."""
     output_stride: int = 16
-    """Pixels per cell of the last map (vgg16: always 8)."""
+    """Pixels per cell of the last map."""
     frozen_stages: int = 3
     """Stem and stages that keep their pretrained weights."""
     channels: int = 128
@@ -173,19 +173,6 @@ def class_maps(channels: int, num_classes: int, stacks: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(width, num_classes, 1, groups=stacks))
 
 
-def rca_trunk(run: Run, config: RCAConfig, classifier: Classifier | None) -> Trunk:
-    """The backbone; VGG-16 without its last two reductions, at 8 pixels per cell."""
-    stride = 32 if config.backbone == "vgg16" else config.output_stride
-    trunk = make_trunk(run, config, stride, classifier and classifier.trunk)
-    if config.backbone == "vgg16":
-        layers = trunk.body.features
-        layers[23], layers[30] = nn.MaxPool2d(3, stride=1, padding=1), nn.Identity()
-        for convolution in (layers[24], layers[26], layers[28]):
-            convolution.dilation, convolution.padding = (2, 2), (2, 2)
-        trunk = Trunk(trunk.body, trunk.name, 8, trunk.mean, trunk.std)
-    return trunk
-
-
 class RCATerms(NamedTuple):
     total: Tensor
     fine: Tensor
@@ -196,7 +183,8 @@ class RCATerms(NamedTuple):
 def train_rca(run: Run, classifier: Classifier | None, config: RCAConfig) -> RCA:
     """Two multi-label losses and the contrast; the memory fills from the start, prototypes are renewed every epoch."""
     labels = torch.from_numpy(np.stack([run.dataset.labels(name) for name in run.train]))
-    net = RCA(rca_trunk(run, config, classifier), config, labels)
+    trunk = make_trunk(run, config, config.output_stride, classifier and classifier.trunk)
+    net = RCA(trunk, config, labels)
     squares = v2.Compose(
         [
             v2.Resize((config.size, config.size), v2.InterpolationMode.BICUBIC),

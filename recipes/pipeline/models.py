@@ -76,8 +76,8 @@ def build_trunk(name: str, weights: str = "imagenet", output_stride: int = 32) -
     """Make a backbone.
 
     Args:
-        name: a timm name; ``resnet38`` (stride 8 always); or ``NAME-irn``, a timm ResNet whose last stage loses its
-            stride but is not dilated, as in IRN (Ahn et al., CVPR 2019).
+        name: a timm name; ``resnet38`` or ``vgg16`` (stride 8 always); or ``NAME-irn``, a timm ResNet whose last stage
+            loses its stride but is not dilated, as in IRN (Ahn et al., CVPR 2019).
         weights: ``imagenet``, ``random``, or a file with a state dict.
         output_stride: 32, 16 or 8 pixels per cell of the last map.
     """
@@ -85,6 +85,8 @@ def build_trunk(name: str, weights: str = "imagenet", output_stride: int = 32) -
     load_weights(body, name, weights)
     if name == "resnet38":
         return Trunk(body, name, 8, IMAGENET_MEAN, IMAGENET_STD)
+    if name == "vgg16":
+        output_stride = 8
     cfg = body.pretrained_cfg
     return Trunk(body, name, output_stride, tuple(cfg["mean"]), tuple(cfg["std"]))
 
@@ -96,6 +98,8 @@ def _make_body(name: str, output_stride: int) -> nn.Module:
     if base not in timm.list_models(base):
         near = timm.list_models(f"*{base[:8]}*")[:5]
         raise ValueError(f"backbone: {base!r} is not a timm model" + (f"; did you mean one of {near}?" if near else ""))
+    if name == "vgg16":
+        return _dilated_vgg16()
     if name == base:
         return timm.create_model(
             base, num_classes=0, **({} if output_stride == 32 else {"output_stride": output_stride})
@@ -104,6 +108,16 @@ def _make_body(name: str, output_stride: int) -> nn.Module:
     first = body.layer4[0]
     for convolution in (first.conv1, first.conv2, first.downsample[0]):
         convolution.stride = (1, 1)
+    return body
+
+
+def _dilated_vgg16() -> nn.Module:
+    """VGG-16 without its last two reductions, as most systems of the field take it."""
+    body = timm.create_model("vgg16", num_classes=0)
+    layers = body.features
+    layers[23], layers[30] = nn.MaxPool2d(3, stride=1, padding=1), nn.Identity()
+    for convolution in (layers[24], layers[26], layers[28]):
+        convolution.dilation, convolution.padding = (2, 2), (2, 2)
     return body
 
 

@@ -62,3 +62,9 @@ def test_unknown_backbone_and_weights_are_told() -> None:
         build_trunk("resnet5")
     with pytest.raises(ValueError, match="weights: expected imagenet, random or a file, got 'nowhere.pt'"):
         build_trunk("resnet18", "nowhere.pt")
+
+
+def test_vgg16_keeps_eight_pixels_per_cell() -> None:
+    trunk = build_trunk("vgg16", "random", 8)
+    assert trunk.output_stride == 8
+    assert trunk(torch.zeros(1, 3, 64, 96)).final.shape == (1, 512, 8, 12)
