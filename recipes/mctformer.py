@@ -124,13 +124,17 @@ def train(run: Run, trunk: TokenTrunk, model: MultiClassTokenViT, config: MCTCon
         tokens = out.class_tokens if config.variant == "plus" else None
         return loss(out.class_logits, out.patch_logits, tokens, batch["labels"])
 
-    new = [model.head] if model.head is not None else []
-    if trunk.convolutional is not None:
-        encoder = trunk.encoder
-        new += [encoder.patch_embed.projection, encoder.blocks, encoder.prefix, encoder.pos_embed]
-    groups = two_speed_groups(model, new, config.schedule)
+    groups = two_speed_groups(model, new_parts(trunk, model), config.schedule)
     crops = TaggedCrops(run.dataset, run.train, augmentation(config, trunk))
     fit(run, "classify", model, crops, loss_of, groups, config.schedule)
+
+
+def new_parts(trunk: TokenTrunk, model: MultiClassTokenViT) -> list[nn.Module | nn.Parameter]:
+    """What has no pretrained weights."""
+    encoder, head = trunk.encoder, [] if model.head is None else [model.head]
+    if trunk.convolutional is None:
+        return head
+    return [*head, encoder.patch_embed.projection, encoder.blocks, encoder.prefix, encoder.pos_embed]
 
 
 def augmentation(config: MCTConfig, trunk: TokenTrunk) -> v2.Transform:
