@@ -192,7 +192,7 @@ def read_scores(run: Run, name: str) -> Scores:
 
 
 def train_affinity(run: Run, classifier: Trunk | None, options: AffinityConfig) -> AffinityNet:
-    from_classifier = options.weights == "classifier" and classifier and options.backbone == classifier.name
+    from_classifier = classifier is not None and (options.weights, options.backbone) == ("classifier", classifier.name)
     weights = "random" if from_classifier or run.config.max_steps is not None else options.weights
     trunk = build_trunk(options.backbone, weights, output_stride=16)
     if from_classifier:
