@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wsss_losses._reduction import check_reduction, reduce
+from wsss_losses._reduction import Reduction, check_reduction, reduce
+from wsss_losses._soft_margin import soft_margin_costs
 from wsss_modules._checks import check_floating, check_integer, check_ndim, check_shape
 from wsss_modules._distributed import sum_over_processes
 from wsss_modules._precision import at_least_float32
 
-Reduction = Literal["mean", "sum", "none"]
 PooledReduction = Literal["batch", "mean", "sum", "none"]
 Form = Literal["linear", "log"]
 
@@ -452,13 +452,9 @@ class AFALoss(nn.Module):
 
 
 def _soft_margin_costs(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) costs in at least float32."""
     check_ndim("logits", logits, 2, "(B, K)")
-    check_floating("logits", logits)
     check_shape("labels", labels, logits.shape, "to match logits")
-    z = at_least_float32(logits)
-    with torch.autocast(logits.device.type, enabled=False):
-        return F.binary_cross_entropy_with_logits(z, labels.to(z.dtype), reduction="none").mean(1)
+    return soft_margin_costs("logits", logits, labels)
 
 
 def _check_affinity_options(form: str, reduction: str) -> None:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from wsss_losses._reduction import Reduction, check_reduction, reduce
+from wsss_losses._soft_margin import soft_margin_costs
 from wsss_modules._checks import check_floating, check_ndim, check_shape
 from wsss_modules._precision import at_least_float32
 
@@ -174,11 +174,11 @@ def mctformer_loss(
     check_ndim("class_logits", class_logits, 2, "(B, K)")
     check_shape("labels", labels, class_logits.shape, "to match class_logits")
     dtype = class_logits.dtype
-    of_class = _soft_margin("class_logits", class_logits, labels)  # (B,)
+    of_class = soft_margin_costs("class_logits", class_logits, labels)  # (B,)
     of_patch, contrast = torch.zeros_like(of_class), torch.zeros_like(of_class)
     if patch_logits is not None:
         check_shape("patch_logits", patch_logits, class_logits.shape, "to match class_logits")
-        of_patch = _soft_margin("patch_logits", patch_logits, labels)
+        of_patch = soft_margin_costs("patch_logits", patch_logits, labels)
     if class_tokens is not None:
         check_shape("class_tokens", class_tokens, (None, *class_logits.shape, None), "to match class_logits")
         tokens = at_least_float32(class_tokens)
@@ -222,11 +222,3 @@ class MCTformerLoss(nn.Module):
     def extra_repr(self) -> str:
         """Show the options."""
         return f"contrast_weight={self.contrast_weight}, num_layers={self.num_layers}, reduction={self.reduction!r}"
-
-
-def _soft_margin(name: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the classes of the logistic loss: (B,)."""
-    check_floating(name, logits)
-    with torch.autocast(logits.device.type, enabled=False):
-        values = at_least_float32(logits)
-        return F.binary_cross_entropy_with_logits(values, labels.to(values.dtype), reduction="none").mean(1)

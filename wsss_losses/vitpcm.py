@@ -5,16 +5,12 @@ Axes: B images, K classes *including background at 0*, h w patches.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-from wsss_losses._reduction import check_reduction, reduce
+from wsss_losses._reduction import Reduction, check_reduction, reduce
 from wsss_modules._checks import check_floating, check_ndim, check_shape
 from wsss_modules._precision import at_least_float32
-
-Reduction = Literal["mean", "sum", "none"]
 
 
 def pooled_probability_bce_loss(

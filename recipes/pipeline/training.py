@@ -57,6 +57,8 @@ class AdamSchedule:
     """Weight decay of matrices; biases, norms, tokens and positions have none."""
     warmup: float = 0.1
     """Share of the steps in which the rates rise from almost 0."""
+    start: float | None = None
+    """Share of the rates at the first step; default: one step's worth."""
     floor: float = 0.0
     """Share of the rates that is left at the end."""
     decay: Literal["cosine", "poly"] = "cosine"
@@ -97,8 +99,10 @@ def warmup_adamw(
     warmup = round(schedule.warmup * steps)
 
     def factor(t: int) -> float:
-        if t < warmup:
+        if t < warmup and schedule.start is None:
             return (t + 1) / (warmup + 1)
+        if t < warmup:
+            return schedule.start + (1 - schedule.start) * t / warmup
         done = min(t, steps - 1) / steps  # counted from the first step, as timm and SegFormer do
         falling = (1 + math.cos(math.pi * done)) / 2 if schedule.decay == "cosine" else (1 - done) ** schedule.power
         return schedule.floor + (1 - schedule.floor) * falling

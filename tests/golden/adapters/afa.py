@@ -174,3 +174,38 @@ def training_step(case: Case) -> dict[str, object]:
     values = {f"out.{name}": Agreement(mask, LABELS) for name, mask in masks.items()}
     values |= {f"out.{name}": Within(loss, 2e-3) for name, loss in {**named, "aff_loss": terms.affinity}.items()}
     return {**values, **{key: Within(grad, 2e-3, 1e-6) for key, grad in case.grads(total).items()}}
+
+
+@adapter("afa/poly_warmup_lr")
+def poly_warmup_lr(case: Case) -> dict[str, Tensor]:
+    from recipes.pipeline.training import AdamSchedule, warmup_adamw  # the recipes need more than the library does
+
+    call, stored = case.call, case.expected["out.lr"]
+    schedule = AdamSchedule(
+        epochs=1,
+        batch_size=1,
+        lr=call["lr"],
+        head_lr=call["lr"],
+        warmup=call["warmup_iter"] / call["max_iter"],
+        start=call["warmup_ratio"],
+        decay="poly",
+        power=call["power"],
+    )
+    group = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": call["lr"]}
+    optimizer, scheduler = warmup_adamw([group], call["max_iter"], schedule)
+    used = []
+    for _ in range(len(stored)):
+        used.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return {"out.lr": torch.tensor(used, dtype=stored.dtype)}
+
+
+@adapter("afa/msc_flip_segmentation")
+def msc_flip_segmentation(case: Case) -> dict[str, Tensor]:
+    from recipes.afa import merge_views
+
+    views = [case.inputs[f"in.seg_{i}"] for i in range(len(case.call["scales"]))]
+    merged = merge_views(views)
+    full = torch.nn.functional.interpolate(merged, case.call["out_size"], mode="bilinear", align_corners=False)
+    return {"out.msc_logits": merged, "out.msc_logits_full": full, "out.single_logits": views[0][:1]}

@@ -1,0 +1,77 @@
+"""AFA's labels of a step, its crops, and backbones whose attention can be read."""
+
+import pytest
+import torch
+
+from recipes import afa
+from recipes.pipeline.attention import AttendingTrunk
+from recipes.pipeline.data import load_dataset
+from recipes.pipeline.training import AdamSchedule, RandomScale, crop_transform, warmup_adamw
+from recipes.pipeline.transformers import TokenConfig
+
+HYBRID = TokenConfig(weights="random", frozen_stages=3, dim=24, depth=2, heads=3, grid=4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [HYBRID, TokenConfig(backbone="vit_tiny_patch16_224", weights="random"), TokenConfig("mit_b0", "random")],
+    ids=lambda config: config.backbone,
+)
+def test_backbones_give_maps_and_square_attention_on_any_grid(config: TokenConfig) -> None:
+    trunk = AttendingTrunk(config).eval()
+    images = torch.rand(1, 3, 48, 80)
+    out = trunk(images)
+    assert out.final.shape == (1, trunk.out_channels, 3, 5)
+    assert tuple(level.shape[1] for level in out.levels) == tuple(trunk.level_channels)
+    assert sum(a.shape[1] for a in out.attentions) == trunk.num_maps
+    assert {tuple(a.shape[2:]) for a in out.attentions} == {(15, 15)}
+    again = trunk.encode(trunk.stem(images), attention=False)
+    torch.testing.assert_close(again.final, out.final)
+
+
+def test_crops_say_which_part_is_not_padding() -> None:
+    data = load_dataset("demo:tiny")
+    transform = crop_transform(RandomScale(0.5, 0.5), 128, (0.5,) * 3, (0.5,) * 3)
+    crops = afa.RegionCrops(data, data.train, transform)
+    for index in range(4):
+        item = crops[index]
+        x1, y1, x2, y2 = item["region"].tolist()
+        height, width = data.size(data.train[index])
+        assert (y2 - y1, x2 - x1) == (round(height / 2), round(width / 2))
+        outside = item["image"].clone()
+        outside[:, y1:y2, x1:x2] = 0
+        assert not outside.any()
+
+
+def test_labels_of_a_step_keep_out_of_the_padding_and_the_mode() -> None:
+    torch.manual_seed(0)
+    config = afa.AFAConfig(cam_scales=(1.0, 0.5), decoder_dim=8, par_steps=2)
+    model = afa.AFANet(AttendingTrunk(HYBRID), 3, config).train()
+    batch = {
+        "image": torch.randn(2, 3, 64, 64),
+        "labels": torch.tensor([[1.0, 0, 1], [0, 1, 0]]),
+        "region": torch.tensor([[0, 0, 64, 64], [8, 0, 64, 48]]),
+    }
+    for walk in (False, True):
+        plain, mask = afa.pseudo_labels(model, batch, config, walk)
+        assert model.training
+        assert set(plain[0].unique().tolist()) <= {0, 1, 3, 255}
+        for label in (plain, mask):
+            assert bool((label[1, 48:] == 255).all())
+            assert bool((label[1, :, :8] == 255).all())
+    out = model(batch["image"])
+    assert out.affinity.shape == (2, 16, 16)
+    assert out.seg_logits.shape == (2, 4, 16, 16)
+
+
+def test_views_are_merged_by_the_largest_score() -> None:
+    low, high = torch.zeros(2, 2, 4, 4), torch.ones(2, 2, 2, 2)
+    high[1] = 3.0
+    assert torch.equal(afa.merge_views([low, high]), torch.full((1, 2, 4, 4), 2.0))
+
+
+def test_warm_up_may_start_from_a_given_share() -> None:
+    schedule = AdamSchedule(1, 1, lr=1.0, head_lr=1.0, warmup=0.5, start=0.1, decay="poly")
+    _, scheduler = warmup_adamw([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}], 8, schedule)
+    rates = [scheduler.lr_lambdas[0](t) for t in range(8)]
+    assert rates == pytest.approx([0.1, 0.325, 0.55, 0.775, 0.5, 0.375, 0.25, 0.125])
