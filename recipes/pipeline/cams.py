@@ -51,11 +51,19 @@ class Cam(NamedTuple):
 
 
 def write_cams(
-    run: Run, model: CamModel, names: Sequence[str], config: CamConfig, folder: str = "cam", *, signed: bool = False
+    run: Run,
+    model: CamModel,
+    names: Sequence[str],
+    config: CamConfig,
+    folder: str = "cam",
+    *,
+    signed: bool = False,
+    subtract_min: bool = False,
 ) -> None:
     """Write the CAMs of the tagged classes of each image as IRN does: summed over views, divided by their maximum.
 
     ``signed``: the model's maps may be negative; ReLU comes after the up-sampling of each view (OC-CSE, AEFT).
+    ``subtract_min``: stretch the sum to the full range instead (PPC).
     """
     model.trunk = model.trunk.with_output_stride(config.output_stride)
     device = run.fabric.device
@@ -74,7 +82,14 @@ def write_cams(
             maps += [plain[None], mirrored[None]] if signed else [merge_flip(plain, mirrored)[None]]
             flipped += [False, True] if signed else [False]
         merged = multi_scale_cam(
-            maps, labels[None], (height, width), mirrored=flipped, stride=4, round_to=16, relu=signed
+            maps,
+            labels[None],
+            (height, width),
+            mirrored=flipped,
+            stride=4,
+            round_to=16,
+            relu=signed,
+            subtract_min=subtract_min,
         )
         save_arrays(
             run.path(folder, f"{name}.npz"),

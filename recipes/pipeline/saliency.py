@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from recipes.pipeline.data import ImageSet
 from recipes.pipeline.data.image_set import first_five, listing
@@ -57,6 +62,36 @@ def save_saliency(run: Run, name: str, saliency: np.ndarray, folder: str = FOLDE
 def read_saliency(run: Run, name: str, folder: str = FOLDER) -> np.ndarray:
     """What :func:`save_saliency` wrote: (H, W) float32 in [0, 1], in steps of 1/255."""
     return _read_file(run.path(folder, f"{name}.png"))
+
+
+class SaliencyCrops(Dataset):
+    """`TaggedCrops` with ``saliency`` (1, crop, crop) in [0, 1], cut as the image; 0 where that is padded.
+
+    ``transform`` should be that of `crop_transform` with ``mask_fill=0``; it resizes the maps to the nearest pixels.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageSet,
+        names: Sequence[str],
+        saliency_of: Callable[[str], np.ndarray],
+        transform: v2.Transform,
+    ) -> None:
+        self.dataset, self.names, self.saliency_of, self.transform = dataset, names, saliency_of, transform
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        name = self.names[index]
+        saliency = tv_tensors.Mask(torch.from_numpy(np.array(self.saliency_of(name), np.float32))[None])
+        image, saliency = self.transform(tv_tensors.Image(self.dataset.image(name)), saliency)
+        return {
+            "image": image.as_subclass(Tensor),
+            "saliency": saliency.as_subclass(Tensor),
+            "labels": torch.from_numpy(self.dataset.labels(name)),
+            "index": torch.tensor(index),
+        }
 
 
 @dataclass(frozen=True)
