@@ -335,10 +335,7 @@ def _intra_view(
 ) -> Tensor:
     """I(z, y) of logits (P, C), pseudo labels (P,) and the pixels drawn (P,): scalar."""
     known = logits.shape[1]
-    first, last = min(semi_hard[0], known - 1), min(semi_hard[1], known)
-    positive = logits.gather(1, classes[:, None])[:, 0]
-    negative = logits.topk(last, dim=1).values[:, first:].logsumexp(1)
-    cost = torch.logaddexp(positive, negative) - positive  # (P,)
+    cost, positive = _semi_hard_costs(logits, classes, semi_hard)
     rank, count = rank_in_class(classes, positive.detach(), known)
     half, end = count // 2, (count.double() * hard_ratio).long()  # in float64, as int(n * hard_ratio) is
     hard = (rank >= end - half) & (rank < end)
@@ -347,6 +344,15 @@ def _intra_view(
     sums, weights = torch.stack([cost * weight, weight]) @ member  # (C,) each
     values = torch.where(weights > 0, sums / torch.where(weights > 0, weights, 1.0), 0.0)
     return values.sum() / member.any(0).sum()
+
+
+def _semi_hard_costs(logits: Tensor, classes: Tensor, semi_hard: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Costs (P,) of the pixels against the semi-hard prototypes, and the logits of their own (P,)."""
+    known = logits.shape[1]
+    first, last = min(semi_hard[0], known - 1), min(semi_hard[1], known)
+    positive = logits.gather(1, classes[:, None])[:, 0]
+    negative = logits.topk(last, dim=1).values[:, first:].logsumexp(1)
+    return torch.logaddexp(positive, negative) - positive, positive
 
 
 def _draw(

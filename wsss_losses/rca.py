@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from wsss_losses._reduction import check_reduction, reduce
 from wsss_modules import RegionMixUp, draw_region_mix_up, region_pool
 from wsss_modules._checks import check_floating, check_ndim, check_shape
+from wsss_modules._unit import unit
 
 
 def regional_contrast_loss(
@@ -122,9 +123,9 @@ def regional_contrast_loss(
     own, partner = pool.embedding[image, index], pool.embedding[mix.partner, mix.partner_class]  # (R, D)
     query = weight[:, None] * own + (1 - weight[:, None]) * partner
 
-    rows = _unit(memory.detach().to(dtype))  # (K, N, D)
+    rows = unit(memory.detach().to(dtype))  # (K, N, D)
     with torch.autocast(embedding.device.type, enabled=False):
-        similarity = (_unit(query) @ rows.flatten(0, 1).mT).unflatten(1, rows.shape[:2]) / temperature  # (R, K, N)
+        similarity = (unit(query) @ rows.flatten(0, 1).mT).unflatten(1, rows.shape[:2]) / temperature  # (R, K, N)
     never = torch.finfo(dtype).min / 4
     usable = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
     if filled is not None:
@@ -216,9 +217,3 @@ class RegionalContrastLoss(nn.Module):
             f"temperature={self.temperature}, beta={self.beta}, log_floor={self.log_floor}, "
             f"reduction={self.reduction!r}"
         )
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Rows of length 1; a row of zeros stays, with a finite slope."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(length > 0, length, 1.0)

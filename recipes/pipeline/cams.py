@@ -64,8 +64,8 @@ def write_cams(
     """Write the CAMs of the tagged classes of each image as IRN does: summed over views, divided by their maximum.
 
     ``signed``: the model's maps may be negative; ReLU comes after the up-sampling of each view (OC-CSE, AEFT).
-    ``stretch``: maps go from 0 to 1 (MCTformer). ``whole_cells``: views have whole cells, for models that leave out
-    what is left over at the border, such as a ViT; their maps cover the image.
+    ``stretch``: maps go from 0 to 1 (MCTformer, PPC). ``whole_cells``: views have whole cells, for models that leave
+    out what is left over at the border, such as a ViT; their maps cover the image.
     """
     model.trunk = model.trunk.with_output_stride(config.output_stride)
     device = run.fabric.device

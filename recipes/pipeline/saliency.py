@@ -13,7 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from recipes.pipeline.data import IGNORE, ImageSet
 from recipes.pipeline.data.image_set import first_five, listing
@@ -91,6 +96,36 @@ class _Objects:
     def mask(self, name: str) -> np.ndarray | None:
         mask = self.dataset.mask(name)
         return mask if mask is None else np.where(mask == IGNORE, IGNORE, np.minimum(mask, 1))
+
+
+class SaliencyCrops(Dataset):
+    """`TaggedCrops` with ``saliency`` (1, crop, crop) in [0, 1], cut as the image; 0 where that is padded.
+
+    ``transform`` should be that of `crop_transform` with ``mask_fill=0``; it resizes the maps to the nearest pixels.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageSet,
+        names: Sequence[str],
+        saliency_of: Callable[[str], np.ndarray],
+        transform: v2.Transform,
+    ) -> None:
+        self.dataset, self.names, self.saliency_of, self.transform = dataset, names, saliency_of, transform
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        name = self.names[index]
+        saliency = tv_tensors.Mask(torch.from_numpy(np.array(self.saliency_of(name), np.float32))[None])
+        image, saliency = self.transform(tv_tensors.Image(self.dataset.image(name)), saliency)
+        return {
+            "image": image.as_subclass(Tensor),
+            "saliency": saliency.as_subclass(Tensor),
+            "labels": torch.from_numpy(self.dataset.labels(name)),
+            "index": torch.tensor(index),
+        }
 
 
 @dataclass(frozen=True)

@@ -153,8 +153,12 @@ def prototype_contrast(case: Case) -> dict[str, Tensor]:
         intra_weight=weight,
         grid=grid,
     )
-    named = {"nce": terms.total, "cross_proto": terms.cross_prototype, "cross_cam": terms.cross_cam}
-    values |= {f"out.loss_{name}": value for name, value in {**named, "intra": terms.intra}.items()}
+    values |= {
+        "out.loss_nce": terms.total,
+        "out.loss_cross_proto": terms.cross_prototype,
+        "out.loss_cross_cam": terms.cross_cam,
+        "out.loss_intra": terms.intra,
+    }
     return {**values, **case.grads(terms.total)}
 
 
