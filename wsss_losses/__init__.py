@@ -48,6 +48,13 @@ from wsss_losses.recam import (
     recam_loss,
     sce_reactivation_loss,
 )
+from wsss_losses.sipe import (
+    GeneralSpecificConsistencyLoss,
+    SIPELoss,
+    SIPETerms,
+    general_specific_consistency_loss,
+    sipe_loss,
+)
 from wsss_losses.spatial_bce import (
     ForegroundRatioKLLoss,
     SpatialBCELoss,
@@ -80,6 +87,7 @@ __all__ = [
     "ErasingRepulsionLoss",
     "ErasingRepulsionTerms",
     "ForegroundRatioKLLoss",
+    "GeneralSpecificConsistencyLoss",
     "InterPixelRelationLoss",
     "InterPixelRelationTerms",
     "OoDMetricLoss",
@@ -87,6 +95,8 @@ __all__ = [
     "ReCAMLoss",
     "ReCAMTerms",
     "RegionalContrastLoss",
+    "SIPELoss",
+    "SIPETerms",
     "SimMaxLoss",
     "SimMinLoss",
     "SoftmaxReactivationLoss",
@@ -103,6 +113,7 @@ __all__ = [
     "erasing_attraction_loss",
     "erasing_repulsion_loss",
     "foreground_ratio_kl_loss",
+    "general_specific_consistency_loss",
     "inter_pixel_relation_loss",
     "ood_metric_loss",
     "ood_negative_loss",
@@ -111,6 +122,7 @@ __all__ = [
     "sce_reactivation_loss",
     "sim_max_loss",
     "sim_min_loss",
+    "sipe_loss",
     "spatial_bce_loss",
     "spatial_bce_threshold_loss",
     "wood_loss",

@@ -200,6 +200,20 @@ def _regions(situation: str) -> tuple[Any, ...]:
     return embedding, cam, labels, random(3, 4, 6, seed=3), torch.tensor([4, 2, 3]), mix
 
 
+def _general_and_specific(situation: str) -> tuple[Tensor, Tensor]:
+    """Maps with background in [0, 1] that differ, or, where all is ignored, hold nothing."""
+    images, size = (1 if situation in ("batch_1", "smallest") else 2), (1, 1) if situation == "smallest" else (3, 4)
+    maps = (torch.sigmoid(random(images, 4, *size, seed=seed)) for seed in (13, 14))
+    scores, is_cam = (x * (situation != "all_ignored") for x in maps)
+    return scores, is_cam
+
+
+def _sipe(situation: str) -> tuple[Tensor, ...]:
+    labels = _image_labels(situation)
+    scores, is_cam = _general_and_specific(situation)
+    return random(*labels.shape, seed=15), scores, is_cam, labels, torch.ones_like(scores[:, :1])
+
+
 PAIR_OPTIONS = {"radius": 3}
 FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
 
@@ -364,5 +378,20 @@ CASES = (
         zero_in=("no_label", "all_ignored", "smallest"),
         varies=({"reduction": "none", "temperature": 0.5}, {"reduction": "mean", "log_floor": 1e-4}),
         data_dependent="the number of regions depends on the labels",
+    ),
+    LossCase(
+        losses.general_specific_consistency_loss,
+        losses.GeneralSpecificConsistencyLoss,
+        _general_and_specific,
+        predictions=2,
+        varies=({"reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.sipe_loss,
+        losses.SIPELoss,
+        _sipe,
+        predictions=3,
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"reduction": "sum", "gsc_weight": 0.1}, {"reduction": "none"}),
     ),
 )
