@@ -16,6 +16,10 @@ from wsss_losses.c2am import (
     sim_max_loss,
     sim_min_loss,
 )
+from wsss_losses.edam import (
+    EDAMLoss,
+    edam_loss,
+)
 from wsss_losses.irn import (
     BoundaryAffinityLoss,
     DisplacementLoss,
@@ -83,6 +87,7 @@ __all__ = [
     "ClassSpecificErasingTerms",
     "DisplacementLoss",
     "DisplacementTerms",
+    "EDAMLoss",
     "ErasingAttractionLoss",
     "ErasingRepulsionLoss",
     "ErasingRepulsionTerms",
@@ -110,6 +115,7 @@ __all__ = [
     "c2am_loss",
     "class_specific_erasing_loss",
     "displacement_loss",
+    "edam_loss",
     "erasing_attraction_loss",
     "erasing_repulsion_loss",
     "foreground_ratio_kl_loss",

@@ -214,6 +214,12 @@ def _sipe(situation: str) -> tuple[Tensor, ...]:
     return random(*labels.shape, seed=15), scores, is_cam, labels, torch.ones_like(scores[:, :1])
 
 
+def _sampled_classes(situation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of two of three classes, labels, and which classes: another pair for each image."""
+    labels = _image_labels(situation)
+    return random(len(labels), 2, seed=16), labels, torch.tensor([[3, 1], [2, 3]])[: len(labels)]
+
+
 PAIR_OPTIONS = {"radius": 3}
 FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
 
@@ -393,5 +399,12 @@ CASES = (
         predictions=3,
         zero_in=(),  # the absence of all classes is learnt too
         varies=({"reduction": "sum", "gsc_weight": 0.1}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.edam_loss,
+        losses.EDAMLoss,
+        _sampled_classes,
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"reduction": "sum"}, {"reduction": "none"}),
     ),
 )
