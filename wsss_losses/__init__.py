@@ -30,6 +30,10 @@ from wsss_losses.c2am import (
     sim_max_loss,
     sim_min_loss,
 )
+from wsss_losses.edam import (
+    EDAMLoss,
+    edam_loss,
+)
 from wsss_losses.eps import (
     EPSLoss,
     EPSTerms,
@@ -93,6 +97,13 @@ from wsss_losses.seam import (
     equivariant_regularization_loss,
     seam_loss,
 )
+from wsss_losses.sipe import (
+    GeneralSpecificConsistencyLoss,
+    SIPELoss,
+    SIPETerms,
+    general_specific_consistency_loss,
+    sipe_loss,
+)
 from wsss_losses.spatial_bce import (
     ForegroundRatioKLLoss,
     SpatialBCELoss,
@@ -136,6 +147,7 @@ __all__ = [
     "CrossRegularizationTerms",
     "DisplacementLoss",
     "DisplacementTerms",
+    "EDAMLoss",
     "EPSLoss",
     "EPSTerms",
     "EquivariantCrossRegularizationLoss",
@@ -144,6 +156,7 @@ __all__ = [
     "ErasingRepulsionLoss",
     "ErasingRepulsionTerms",
     "ForegroundRatioKLLoss",
+    "GeneralSpecificConsistencyLoss",
     "InterPixelRelationLoss",
     "InterPixelRelationTerms",
     "MCTformerLoss",
@@ -160,6 +173,8 @@ __all__ = [
     "RegionalContrastLoss",
     "SEAMLoss",
     "SEAMTerms",
+    "SIPELoss",
+    "SIPETerms",
     "SaliencyGuidedMapLoss",
     "SimMaxLoss",
     "SimMinLoss",
@@ -180,12 +195,14 @@ __all__ = [
     "class_specific_erasing_loss",
     "class_token_contrastive_loss",
     "displacement_loss",
+    "edam_loss",
     "eps_loss",
     "equivariant_cross_regularization_loss",
     "equivariant_regularization_loss",
     "erasing_attraction_loss",
     "erasing_repulsion_loss",
     "foreground_ratio_kl_loss",
+    "general_specific_consistency_loss",
     "inter_pixel_relation_loss",
     "mctformer_loss",
     "multi_label_soft_margin_loss",
@@ -201,6 +218,7 @@ __all__ = [
     "seam_loss",
     "sim_max_loss",
     "sim_min_loss",
+    "sipe_loss",
     "spatial_bce_loss",
     "spatial_bce_threshold_loss",
     "wood_loss",

@@ -13,8 +13,114 @@ from torch.nn import functional as F
 
 from wsss_modules._checks import check_floating, check_integer, check_ndim, check_shape
 from wsss_modules._precision import at_least_float32
+from wsss_modules.cam import cam_to_mask
 
-__all__ = ["SaliencyMaps", "estimate_saliency", "fuse_saliency_labels", "route_by_saliency"]
+__all__ = [
+    "SaliencyMaps",
+    "edam_pseudo_label",
+    "estimate_saliency",
+    "fuse_saliency_labels",
+    "route_by_saliency",
+    "saliency_guided_scores",
+]
+
+
+def saliency_guided_scores(
+    cam: Tensor, saliency: Tensor, *, salient: float = 20 / 255, alpha: float = 1e-6, beta: float = 0.99999
+) -> Tensor:
+    """Put a saliency map in front of class scores as the background, and make weak and certain scores decisive (EDAM).
+
+    The background is 1 where the image is not salient, else 0. A class score below ``alpha`` becomes -2, one above
+    ``beta`` 2. So where nothing is salient only a class that is all but certain wins; elsewhere the best class wins,
+    unless none reaches ``alpha``.
+
+    Args:
+        cam: (B, K, H, W) floating point in [0, 1], class scores, before or after a CRF; absent classes 0. K may be 0.
+        saliency: (B, 1, H, W) floating-point foreground probability in [0, 1].
+        salient: Saliency up to which a pixel is not salient: 20 grey levels.
+        alpha: Least score of a class.
+        beta: Score above which a class needs no saliency.
+
+    Returns:
+        scores (B, 1+K, H, W), in -2..2, in the dtype of ``cam``.
+
+    Raises:
+        TypeError: a tensor is not floating point.
+        ValueError: a wrong shape, or ``alpha`` above ``beta``.
+
+    Paper:
+        Wu et al., Embedded Discriminative Attention Mechanism for Weakly Supervised Semantic Segmentation, CVPR 2021.
+
+    Differences:
+        The released inference script fails, or ignores the saliency after a CRF; this is the rule of its evaluation.
+
+    Notes:
+        Works in ``torch.compile(fullgraph=True)``.
+
+    Example:
+        >>> cam, saliency = torch.tensor([[[[0.6, 0.6, 0.0, 1.0]]]]), torch.tensor([[[[0.9, 0.0, 0.9, 0.0]]]])
+        >>> saliency_guided_scores(cam, saliency)[0, :, 0]
+        tensor([[ 0.0000,  1.0000,  0.0000,  1.0000],
+                [ 0.6000,  0.6000, -2.0000,  2.0000]])
+    """
+    check_ndim("cam", cam, 4, "(B, K, H, W)")
+    check_floating("cam", cam)
+    check_shape("saliency", saliency, (len(cam), 1, *cam.shape[2:]), "to match cam")
+    check_floating("saliency", saliency)
+    if alpha > beta:
+        raise ValueError(f"alpha: expected at most beta = {beta}, got {alpha}")
+    decided = torch.where(cam < alpha, -2.0, torch.where(cam > beta, 2.0, cam))
+    return torch.cat([(saliency <= salient).to(cam.dtype), decided.to(cam.dtype)], 1)
+
+
+def edam_pseudo_label(
+    cam: Tensor,
+    saliency: Tensor | None = None,
+    *,
+    keys: Tensor | None = None,
+    threshold: float = 0.5,
+    salient: float = 20 / 255,
+    alpha: float = 1e-6,
+    beta: float = 0.99999,
+) -> Tensor:
+    """Label each pixel with its best class or background: by `saliency_guided_scores`, or by a constant threshold.
+
+    Args:
+        cam: (B, K, H, W) floating point in [0, 1]: masks divided by their maxima, or the class scores of a CRF.
+        saliency: (B, 1, H, W) floating-point foreground probability in [0, 1]; without it ``threshold`` is the
+            background score.
+        keys: (K,) int64 class of each map, 1..K as in a mask; default: map k is class k + 1.
+        threshold: Background score, only without ``saliency``.
+        salient: See `saliency_guided_scores`.
+        alpha: See `saliency_guided_scores`.
+        beta: See `saliency_guided_scores`.
+
+    Returns:
+        mask (B, H, W) int64: 0 background or a class. The first of several equal scores wins.
+
+    Raises:
+        TypeError: a tensor of the wrong kind.
+        ValueError: a wrong shape, or ``alpha`` above ``beta``.
+
+    Paper:
+        Wu et al., CVPR 2021.
+
+    Notes:
+        With ``saliency`` the labels rest on image tags and on saliency, which is supervision of its own.
+
+    Example:
+        >>> cam, saliency = torch.tensor([[[[0.6, 0.6, 0.0, 1.0]]]]), torch.tensor([[[[0.9, 0.0, 0.9, 0.0]]]])
+        >>> edam_pseudo_label(cam, saliency, keys=torch.tensor([7])), edam_pseudo_label(cam)
+        (tensor([[[7, 0, 0, 7]]]), tensor([[[1, 1, 0, 1]]]))
+    """
+    if saliency is None:
+        return cam_to_mask(cam, threshold, keys=keys)
+    label = saliency_guided_scores(cam, saliency, salient=salient, alpha=alpha, beta=beta).argmax(1)
+    if keys is None:
+        return label
+    check_shape("keys", keys, cam.shape[1:2], "to match cam")
+    check_integer("keys", keys)
+    return torch.cat([keys.new_zeros(1), keys])[label]
 
 
 def fuse_saliency_labels(

@@ -13,7 +13,7 @@ from wsss_modules._checks import check_floating, check_integer, check_ndim, chec
 from wsss_modules.cam import cam_to_mask
 from wsss_modules.dense_crf import DenseCRF, unary_from_mask
 
-__all__ = ["confident_label", "confident_label_from_cam"]
+__all__ = ["confident_label", "confident_label_from_cam", "confident_label_from_scores"]
 
 
 def confident_label(
@@ -122,10 +122,84 @@ def confident_label_from_cam(
         check_shape("keys", keys, (channels,), "to match cam")
         check_integer("keys", keys)
     certain, possible = cam_to_mask(cam, fg), cam_to_mask(cam, bg)  # maps numbered 1..K, not classes yet
+    return _agreement("cam", certain, possible, channels, image, crf, keys, gt_prob, ignore_index)
+
+
+def confident_label_from_scores(
+    scores: Tensor,
+    image: Tensor | None = None,
+    bg_weight: float = 0.5,
+    *,
+    crf: DenseCRF | None = None,
+    keys: Tensor | None = None,
+    gt_prob: float = 0.7,
+    ignore_index: int = 255,
+) -> Tensor:
+    """Keep the classes that win against the background, and the background that still wins at a lower weight (SIPE).
+
+    For maps with a background channel of their own, which need no threshold. The argmax of the scores is the first
+    mask, that with the background times ``bg_weight`` the second; then as `confident_label_from_cam`.
+
+    Args:
+        scores: (B, 1+K, H, W) floating point, at least 0, background first and then the classes present; K may be 0.
+            Images with different classes must come one by one.
+        image: (B, 3, H, W) RGB in 0..255, uint8 or any other type; only read by the CRF.
+        bg_weight: In [0, 1], weight of the background in the second mask.
+        crf: Refine both masks with it; SIPE: ``DenseCRF(IRN_CRF)``. None: no CRF.
+        keys: (K,) int64 class of each map, 1..K as in a mask; default: map k is class k + 1.
+        gt_prob: Confidence of the CRF in the masks.
+        ignore_index: Value of unsure pixels.
+
+    Returns:
+        mask (B, H, W) int64: 0 background, a class, or ``ignore_index``. The first of several equal scores wins.
+
+    Raises:
+        TypeError: ``scores`` is not floating point.
+        ValueError: a wrong shape, a ``bg_weight`` outside [0, 1], or a CRF without an image.
+
+    Paper:
+        Chen, Yang, Lai and Xie, Self-supervised Image-specific Prototype Exploration for Weakly Supervised Semantic
+        Segmentation, CVPR 2022, arXiv:2203.02909; as in its released code.
+
+    Differences:
+        The released code halves the background of its input in place.
+
+    Example:
+        >>> scores = torch.tensor([[[[0.2, 0.6, 0.9]], [[0.9, 0.4, 0.1]]]])
+        >>> confident_label_from_scores(scores, keys=torch.tensor([7]))
+        tensor([[[  7, 255,   0]]])
+    """
+    check_ndim("scores", scores, 4, "(B, 1+K, H, W)")
+    check_floating("scores", scores)
+    channels = scores.shape[1] - 1
+    if channels < 0:
+        raise ValueError("scores: expected the background at channel 0, got no channel")
+    if not 0 <= bg_weight <= 1:
+        raise ValueError(f"bg_weight: expected a number in [0, 1], got {bg_weight}")
+    if keys is not None:
+        check_shape("keys", keys, (channels,), "to match scores")
+        check_integer("keys", keys)
+    certain = scores.argmax(1)
+    possible = torch.cat([bg_weight * scores[:, :1], scores[:, 1:]], 1).argmax(1)
+    return _agreement("scores", certain, possible, channels, image, crf, keys, gt_prob, ignore_index)
+
+
+def _agreement(
+    name: str,
+    certain: Tensor,
+    possible: Tensor,
+    channels: int,
+    image: Tensor | None,
+    crf: DenseCRF | None,
+    keys: Tensor | None,
+    gt_prob: float,
+    ignore_index: int,
+) -> Tensor:
+    """Classes of the first mask, background where both have it, else unsure; masks number the maps 1..channels."""
     if crf is not None and channels > 0:
         if image is None:
             raise ValueError("image: expected (B, 3, H, W) RGB in 0..255 for the CRF, got None")
-        check_shape("image", image, (cam.shape[0], 3, *cam.shape[2:]), "to match cam")
+        check_shape("image", image, (certain.shape[0], 3, *certain.shape[1:]), f"to match {name}")
         kernels = crf.prepare(image)
         certain, possible = (
             crf(kernels, unary_from_mask(mask, channels + 1, gt_prob=gt_prob)).argmax(1) for mask in (certain, possible)

@@ -77,19 +77,35 @@ class Moment(NamedTuple):
 
 
 def poly_sgd(
-    groups: Sequence[dict[str, Any]], steps: int, *, momentum: float, power: float = 0.9
+    groups: Sequence[dict[str, Any]],
+    steps: int,
+    *,
+    momentum: float,
+    power: float = 0.9,
+    warmup: int = 0,
+    warmup_start: float = 0.1,
 ) -> tuple[torch.optim.SGD, LambdaLR]:
     """SGD whose learning rates follow lr * (1 - t / T)^power, set before step t; from T on they stay where they are.
 
+    With a warm-up of W steps they first rise along a line from ``warmup_start`` times lr, and t and T count from W.
+
     Args:
         groups: parameter groups with their own ``lr`` and ``weight_decay``.
-        steps: T.
+        steps: T, or W + T.
         momentum: the released PSA and IRN code pass the weight decay in momentum's place, so that their momentum is
             5e-4 and 1e-4; their own ``momentum`` argument is only ``power``.
         power: exponent.
+        warmup: W, fewer than ``steps``.
+        warmup_start: factor of the first step of the warm-up.
     """
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=momentum)
-    return optimizer, LambdaLR(optimizer, lambda t: (1 - min(t, steps - 1) / steps) ** power)
+
+    def factor(t: int) -> float:
+        if t < warmup:
+            return warmup_start + (1 - warmup_start) * t / warmup
+        return (1 - (min(t, steps - 1) - warmup) / (steps - warmup)) ** power
+
+    return optimizer, LambdaLR(optimizer, factor)
 
 
 def warmup_adamw(
@@ -170,6 +186,8 @@ def fit(
     groups: Sequence[dict[str, Any]],
     schedule: Schedule | AdamSchedule,
     *,
+    warmup: float = 0.0,
+    clip: float | None = None,
     checkpoint_seconds: float = 30.0,
 ) -> nn.Module:
     """Train ``model`` and leave its weights in ``checkpoints/STAGE.pt``; load them if they are there.
@@ -186,6 +204,8 @@ def fit(
             the :class:`Moment`, for what changes in the course of a training.
         groups: parameter groups.
         schedule: epochs, batch size and what the optimiser takes: SGD, or AdamW with an :class:`AdamSchedule`.
+        warmup: share of the steps in which the rate of SGD first rises.
+        clip: longest gradient of all parameters together.
         checkpoint_seconds: time between checkpoints.
     """
     final, partial = run.path("checkpoints", f"{stage}.pt"), run.path("checkpoints", f"{stage}.partial.pt")
@@ -201,7 +221,9 @@ def fit(
     if isinstance(schedule, AdamSchedule):
         optimizer, scheduler = warmup_adamw(groups, steps, schedule)
     else:
-        optimizer, scheduler = poly_sgd(groups, steps, momentum=schedule.momentum, power=schedule.power)
+        optimizer, scheduler = poly_sgd(
+            groups, steps, momentum=schedule.momentum, power=schedule.power, warmup=int(warmup * steps)
+        )
     done, curve = 0, []
     if partial.exists():
         state = torch.load(partial, map_location=device, weights_only=True)
@@ -226,6 +248,8 @@ def fit(
             total = output if isinstance(output, Tensor) else output[0]
             optimizer.zero_grad(set_to_none=True)
             fabric.backward(total)
+            if clip is not None:
+                fabric.clip_gradients(wrapped, optimizer, max_norm=clip, error_if_nonfinite=False)
             optimizer.step()
             if step % 10 == 0 or step == steps - 1:
                 curve.append(

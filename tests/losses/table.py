@@ -302,6 +302,26 @@ def _eps(situation: str) -> tuple[Tensor, ...]:
     return random(*labels.shape, seed=3), scores, saliency, labels
 
 
+def _general_and_specific(situation: str) -> tuple[Tensor, Tensor]:
+    """Maps with background in [0, 1] that differ, or, where all is ignored, hold nothing."""
+    images, size = (1 if situation in ("batch_1", "smallest") else 2), (1, 1) if situation == "smallest" else (3, 4)
+    maps = (torch.sigmoid(random(images, 4, *size, seed=seed)) for seed in (13, 14))
+    scores, is_cam = (x * (situation != "all_ignored") for x in maps)
+    return scores, is_cam
+
+
+def _sipe(situation: str) -> tuple[Tensor, ...]:
+    labels = _image_labels(situation)
+    scores, is_cam = _general_and_specific(situation)
+    return random(*labels.shape, seed=15), scores, is_cam, labels, torch.ones_like(scores[:, :1])
+
+
+def _sampled_classes(situation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of two of three classes, labels, and which classes: another pair for each image."""
+    labels = _image_labels(situation)
+    return random(len(labels), 2, seed=16), labels, torch.tensor([[3, 1], [2, 3]])[: len(labels)]
+
+
 PAIR_OPTIONS = {"radius": 3}
 FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
 
@@ -597,5 +617,27 @@ CASES = (
         predictions=2,
         zero_in=(),  # the absence of all classes is learnt too
         varies=({"foreground_weight": 1.0, "reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.general_specific_consistency_loss,
+        losses.GeneralSpecificConsistencyLoss,
+        _general_and_specific,
+        predictions=2,
+        varies=({"reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.sipe_loss,
+        losses.SIPELoss,
+        _sipe,
+        predictions=3,
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"reduction": "sum", "gsc_weight": 0.1}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.edam_loss,
+        losses.EDAMLoss,
+        _sampled_classes,
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"reduction": "sum"}, {"reduction": "none"}),
     ),
 )

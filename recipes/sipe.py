@@ -1,0 +1,296 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["wsss[recipes,weights]"]
+# ///
+"""SIPE: Self-supervised Image-specific Prototype Exploration for WSSS (Chen, Yang, Lai, Xie, CVPR 2022).
+
+In each image, cells become seeds of the class whose map best overlaps with what looks like them; the mean features of
+the seeds are prototypes of this image's classes and of its background, and their cosine with every cell is a second,
+image-specific map. Both maps are trained to agree. The second one has a background of its own and needs no threshold.
+
+    python -m recipes run sipe                                      # built-in demo data, two CPU cores
+    python -m recipes run sipe --preset paper --data voc:PATH       # VOC 2012, one GPU
+    python -m recipes run sipe --preset paper --data voc:PATH --devices 4
+
+Published with ResNet-50 on VOC 2012 train: seeds 58.9 mIoU (README of the released code). For COCO the released code
+leaves IRN out and trains on the confident areas. As in IRN, weight decay takes the place of momentum in the released
+optimiser. Its scripts read 1,464 images where IRN's need all 10,582 of train_aug; here every stage reads the same list.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from recipes import irn
+from recipes.cli import run_recipe
+from recipes.pipeline.cams import CamConfig
+from recipes.pipeline.classification import ClassifyConfig, classifier_trunk
+from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
+from recipes.pipeline.models import Trunk
+from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
+from recipes.pipeline.report import finish
+from recipes.pipeline.run import Run, RunConfig, save_arrays, start
+from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.training import (
+    Moment,
+    RandomLongSide,
+    crop_transform,
+    fit,
+    scaled_size,
+    two_speed_groups,
+)
+from recipes.pipeline.views import image_tensor, view
+from wsss_losses import sipe_loss
+from wsss_modules import (
+    IRN_CRF,
+    CAMHead,
+    DenseCRF,
+    Exploration,
+    ImageSpecificPrototypeExploration,
+    confident_label_from_scores,
+    merge_flip,
+    multi_scale_cam,
+    normalize_cam,
+)
+
+
+@dataclass(frozen=True)
+class ExploreConfig:
+    """Image-specific prototypes."""
+
+    side_channels: tuple[int, ...] = (128, 128, 256, 256)
+    """Channels that the last stages of the backbone are projected to, as many stages as numbers."""
+    bg_weight: float = 0.5
+    """Weight of the background's overlap where seeds are found."""
+    gsc_weight: float = 1.0
+    """Weight of the agreement of both kinds of maps."""
+    count_padding: bool = True
+    """Compare the maps in the padding of the crops too, as released."""
+    clip: float = 1.0
+    """Longest gradient of a step."""
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of a run."""
+
+    classify: ClassifyConfig = field(default_factory=lambda: fine(CLASSIFY["demo"]))
+    explore: ExploreConfig = field(default_factory=ExploreConfig)
+    cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
+    bg_doubt: float = 0.5
+    """Weight of the background where it is to be trusted."""
+    relation: irn.RelationConfig = field(default_factory=lambda: irn.PRESETS["demo"].relation)
+    walk: irn.WalkConfig = field(default_factory=lambda: sharpened(irn.PRESETS["demo"].walk))
+    mask_crf: bool = True
+    """Train the segmentation on CRF-refined masks."""
+    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
+
+
+def fine(classify: ClassifyConfig) -> ClassifyConfig:
+    """Prototypes are taken from cells of 16 pixels, in training too."""
+    return replace(classify, output_stride=16)
+
+
+def sharpened(walk: irn.WalkConfig) -> irn.WalkConfig:
+    """Cosines are flat: the published walk starts from their power 1.5."""
+    return replace(walk, cam_power=1.5)
+
+
+class Output(NamedTuple):
+    """``logits`` (B, K) and what was found in the images."""
+
+    logits: Tensor
+    found: Exploration
+
+
+class SIPE(nn.Module):
+    """A classifier with, beside it, the feature of all stages that prototypes are taken from: section 3."""
+
+    def __init__(self, trunk: Trunk, num_classes: int, config: ExploreConfig) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, CAMHead(trunk.out_channels, num_classes)
+        self.stages = len(config.side_channels) - 1  # the last one is what the classifier sees
+        channels = (*trunk.level_channels[-self.stages - 1 : -1], trunk.out_channels)
+        self.explore = ImageSpecificPrototypeExploration(channels, config.side_channels, bg_weight=config.bg_weight)
+
+    def stage_maps(self, images: Tensor) -> list[Tensor]:
+        features = self.trunk(images)
+        return [*features.levels[-self.stages - 1 : -1], features.final]
+
+    def forward(self, images: Tensor, labels: Tensor, inside: Tensor) -> Output:
+        levels = self.stage_maps(images)
+        maps = self.head.class_maps(levels[-1])
+        return Output(self.head(levels[-1]).logits, self.explore(maps, levels, labels, inside))
+
+    def read(self, both: Tensor, labels: Tensor) -> Exploration:
+        """An image and its mirror image, and labels (1, K): maps of both are added before anything is sought."""
+        levels = self.stage_maps(both)
+        maps = merge_flip(*self.head.class_maps(levels[-1]))[None]
+        return self.explore.read(maps, merge_flip(*self.explore.hierarchy(levels))[None], labels)
+
+
+class CropsWithInside(Dataset):
+    """``image`` (3, crop, crop), ``labels`` (K,) and ``inside`` (1, crop, crop), 0 in the padding."""
+
+    def __init__(self, run: Run, config: ClassifyConfig, trunk: Trunk) -> None:
+        self.run, self.names = run, run.train
+        resize = RandomLongSide(*config.long_side)
+        self.transform = crop_transform(resize, config.crop, trunk.mean, trunk.std, jitter=config.jitter, mask_fill=0)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        name = self.names[index]
+        image = self.run.dataset.image(name)
+        inside = tv_tensors.Mask(torch.ones(1, image.height, image.width, dtype=torch.uint8))
+        image, inside = self.transform(tv_tensors.Image(image), inside)
+        labels = torch.from_numpy(self.run.dataset.labels(name))
+        return {"image": image.as_subclass(Tensor), "labels": labels, "inside": inside.as_subclass(Tensor)}
+
+
+def train_sipe(run: Run, classify: ClassifyConfig, config: ExploreConfig) -> SIPE:
+    """Section 3.4: the tags, and the agreement of the ordinary with the image-specific maps."""
+    model = SIPE(classifier_trunk(run, classify), len(run.dataset.classes), config)
+
+    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> NamedTuple:
+        logits, found = model(batch["image"], batch["labels"], batch["inside"])
+        valid = None if config.count_padding else F.interpolate(batch["inside"].float(), found.scores.shape[2:])
+        is_cam = normalize_cam(found.is_cam)
+        return sipe_loss(logits, found.scores, is_cam, batch["labels"], valid, gsc_weight=config.gsc_weight)
+
+    groups = two_speed_groups(model, [model.head, model.explore], classify.schedule)
+    crops = CropsWithInside(run, classify, model.trunk)
+    fit(run, "sipe", model, crops, loss_of, groups, classify.schedule, clip=config.clip)
+    return model
+
+
+def write_maps(run: Run, model: SIPE, names: tuple[str, ...], config: CamConfig) -> None:
+    """Section 3.3 at several scales: ``is_cam/IMAGE.npz`` with the background, and ``cam/IMAGE.npz`` for classes.
+
+    The class of the highest of all maps is also that of the highest ``f / (f + b)``, with f the map of a class and b
+    the background's, where that exceeds one half: so the maps in ``cam/`` have the threshold that other recipes search.
+    """
+    model.trunk = model.trunk.with_output_stride(config.output_stride)
+    device = run.fabric.device
+    model.to(device, memory_format=torch.channels_last).eval()
+
+    @torch.no_grad()
+    def work(name: str) -> None:
+        image = image_tensor(run.dataset.image(name)).to(device)
+        labels = torch.from_numpy(run.dataset.labels(name)).to(device)[None]
+        height, width = image.shape[-2:]
+        base = 1.0 if config.long_side is None else config.long_side / max(height, width)
+        sizes = [scaled_size(height, width, base * scale) for scale in config.scales]
+        maps = [model.read(view(image, size, model.trunk.mean, model.trunk.std), labels).is_cam for size in sizes]
+        merged = multi_scale_cam(maps, F.pad(labels, (1, 0), value=1), (height, width), stride=4, round_to=16)
+        keys = merged.keys[1:].cpu().numpy() - 1  # of the classes; channel 0 is the background
+        fine, coarse = (x.half().cpu().numpy() for x in (merged.high_res, merged.cam))
+        save_arrays(run.path("is_cam", f"{name}.npz"), keys=keys, scores=fine, coarse=coarse)
+        fine, coarse = (share_of_classes(x).half().cpu().numpy() for x in (merged.high_res, merged.cam))
+        save_arrays(run.path("cam", f"{name}.npz"), keys=keys, cam=fine, coarse=coarse)
+
+    run.for_each(names, lambda name: run.path("cam", f"{name}.npz"), work)
+
+
+def share_of_classes(scores: Tensor) -> Tensor:
+    """Maps (1+k, H, W) of background and classes -> (k, H, W): each class against the background, in [0, 1]."""
+    background, classes = scores[:1], scores[1:]
+    return classes / (background + classes).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def read_maps(run: Run, name: str, what: str = "scores") -> tuple[Tensor, Tensor]:
+    """Classes (k,) and maps (1, 1+k, H, W) of an image: ``scores`` at its size or ``coarse``."""
+    with np.load(run.path("is_cam", f"{name}.npz")) as stored:
+        return torch.from_numpy(stored["keys"]), torch.from_numpy(stored[what].astype(np.float32))[None]
+
+
+def refine(run: Run, config: Config) -> None:
+    """IRN on maps with a background of their own: it is trusted by a weight, walks along, and needs no threshold."""
+    crf = DenseCRF(IRN_CRF)
+
+    def confident(name: str) -> Tensor:
+        keys, scores = read_maps(run, name)
+        image = image_tensor(run.dataset.image(name))[None]
+        return confident_label_from_scores(scores, image, config.bg_doubt, crf=crf, keys=keys)[0]
+
+    with run.stage("labels", "Confident areas"):
+        write_masks(run, run.train, confident, "ir_label")
+
+    with run.stage("relations", "Inter-pixel relation network"):
+        net = irn.train_relations(run, config.relation)
+
+    def walked(name: str) -> Tensor:
+        edge = irn.relations_of(run, net, name, config.relation.zoom).edge
+        keys, maps = read_maps(run, name, "coarse")
+        if maps.shape[-2:] != edge.shape[-2:]:
+            maps = F.interpolate(maps, edge.shape[-2:], mode="bilinear", align_corners=False)
+        maps = maps.to(edge.device) ** config.walk.cam_power
+        best = irn.walked_scores(run, name, maps, edge, config.walk, config.relation.zoom)[0].argmax(0)
+        return F.pad(keys, (1, 0))[best.cpu()]
+
+    with run.stage("masks", "Masks: random walk between boundaries, and a dense CRF"):
+        write_masks(run, run.train, walked)
+        refine_masks(run, config.mask_crf)
+
+
+PRESETS = {
+    "demo": Config(),
+    # The classifier's settings at cells of 16 pixels. The published clip of the gradient's length is kept: it is what
+    # holds the rates of the new layers.
+    "small": Config(
+        classify=fine(CLASSIFY["small"]),
+        cams=replace(CAMS["small"], output_stride=16),
+        relation=irn.PRESETS["small"].relation,
+        walk=sharpened(irn.PRESETS["small"].walk),
+        segment=SEGMENT["small"],
+    ),
+    # Only the last two stages of the backbone learn, as the released network detaches its second stage.
+    "paper": Config(
+        classify=replace(CLASSIFY["paper"], frozen_stages=3),
+        cams=CAMS["paper"],
+        relation=irn.PRESETS["paper"].relation,
+        walk=sharpened(irn.PRESETS["paper"].walk),
+        mask_crf=False,
+        segment=SEGMENT["paper"],
+    ),
+    "tiny": Config(
+        data="demo:tiny",
+        classify=fine(CLASSIFY["tiny"]),
+        cams=CAMS["tiny"],
+        relation=irn.PRESETS["tiny"].relation,
+        walk=sharpened(irn.PRESETS["tiny"].walk),
+        segment=SEGMENT["tiny"],
+    ),
+}
+
+
+def main(config: Config) -> dict:
+    run = start("sipe", config, takes=())
+
+    with run.stage("sipe", "Classifier and image-specific prototypes"):
+        model = train_sipe(run, config.classify, config.explore)
+
+    with run.stage("cams", "Image-specific class activation maps"):
+        write_maps(run, model, run.train + run.val, config.cams)
+        measure_cams(run, 0.5)  # the argmax, see write_maps
+
+    refine(run, config)
+
+    with run.stage("segment", "Segmentation network from the masks"):
+        segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)
+
+    return finish(run)
+
+
+if __name__ == "__main__":
+    run_recipe(sys.modules[__name__])
