@@ -58,7 +58,8 @@ class AttendingTrunk(nn.Module):
             if isinstance(trunk.encoder.patch_embed, ConvolutionalPatches):
                 patches = trunk.encoder.patch_embed
                 self.body, trunk.encoder.patch_embed = patches.trunk, patches.projection
-                self.new = [patches.projection, trunk.encoder.blocks, trunk.encoder.pos_embed, trunk.encoder.norm]
+                encoder = trunk.encoder
+                self.new = [patches.projection, encoder.blocks, encoder.prefix, encoder.pos_embed, encoder.norm]
                 channels = patches.trunk.level_channels[1:-1]  # strides 4 to 16
             self.level_channels = (*channels, trunk.out_channels)
         self.out_channels = self.level_channels[-1]

@@ -1,0 +1,347 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["wsss[recipes,weights]"]
+# ///
+"""ViT-PCM: Max Pooling with Vision Transformers Reconciles Class and Shape in WSSS (Rossetti et al., ECCV 2022).
+
+No CAM: each patch of a transformer is classified by a softmax over background and classes, and the image has what its
+surest patch has. Predictions on a transformed image supervise those on another transform of it. What the patches say,
+corrected by the tags and refined by a CRF, is the mask.
+
+    python -m recipes run vitpcm                                    # built-in demo data, two CPU cores
+    python -m recipes run vitpcm --preset small --data voc:PATH
+    python -m recipes run vitpcm --preset paper --data voc:PATH --devices 4
+
+Supervision: the released training reads the labels of an image off its pixel mask, that of the background included,
+and keeps the checkpoint with the best mIoU on the masks of the validation images. This recipe uses tags only: the
+background is there in every image, and the last checkpoint counts. Published with ViT-B/16 for VOC 2012 (with the
+authors' supervision, and the true tags also on val): masks 71.4 on train, 69.3 on val.
+
+``paper`` starts from a ViT-B/16 of 384 pixels; the other presets put four new blocks behind EfficientNet-Lite0. Images
+are cropped to squares, where the authors squeeze them. Segmentation networks are not part of the released code: the
+last stage is that of the other recipes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recipes.cli import run_recipe
+from recipes.pipeline.attention import AttendingTrunk, coarse_of, freeze_but_last, with_random_weights
+from recipes.pipeline.cams import read_cam, save_cam
+from recipes.pipeline.labels import measure_cams, measure_masks, threshold_mask, write_masks
+from recipes.pipeline.presets import SEGMENT
+from recipes.pipeline.report import finish
+from recipes.pipeline.run import Run, RunConfig, start
+from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.training import (
+    AdamSchedule,
+    Moment,
+    RandomLongSide,
+    TaggedCrops,
+    crop_transform,
+    fit,
+    scaled_size,
+    two_speed_groups,
+)
+from recipes.pipeline.transformers import TokenConfig
+from recipes.pipeline.views import image_tensor, view
+from wsss_losses import multi_label_soft_margin_loss, patch_equivariance_loss, pooled_probability_bce_loss
+from wsss_modules import (
+    DEEPLAB_CRF,
+    HVBiLSTM,
+    PatchClassifierGMP,
+    PatchClassifierOutput,
+    PatchTransform,
+    dense_crf,
+    equivariance_target,
+    merge_class_labels,
+    mosaic2x2,
+    split2x2,
+    unary_from_scores,
+)
+
+THRESHOLD = 0.5  # of a class against the background: where it is the likelier of the two
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """The classifier of patches and its training."""
+
+    hidden: int = 48
+    """Width of an LSTM in one direction."""
+    dropout: float = 0.2
+    """Dropout before and within the LSTMs, and before the classifier."""
+    exact: bool = True
+    """Pooled loss from exact log-odds, whose gradient lives on; false: clipped probabilities, as published."""
+    equivariance_weight: float = 1.0
+    """Weight of the loss between views."""
+    l2: float = 0.01
+    """Weight of the squared weights of the classifier."""
+    crop_probability: float = 0.3
+    """Probability with which the second view is a crop."""
+    view_crop: int = 48
+    """Side of such a crop in pixels, a third of the image."""
+    mosaic: bool = True
+    """Tile four second views to one image; false: pass them one by one."""
+    trained_blocks: int | None = None
+    """Blocks of a pretrained ViT that are trained; all by default."""
+    long_side: tuple[int, int] = (112, 160)
+    """Range of the longer side of the resized images in pixels."""
+    crop: int = 128
+    """Side of the training crops in pixels, a multiple of 32."""
+    first: AdamSchedule = field(
+        default_factory=lambda: AdamSchedule(
+            1, 16, lr=0.0, head_lr=1e-3, weight_decay=0.0, warmup=0, decay="poly", power=0
+        )
+    )
+    """Schedule of the new layers alone."""
+    schedule: AdamSchedule = field(
+        default_factory=lambda: AdamSchedule(5, 16, lr=1e-4, head_lr=1e-3, weight_decay=0.0, decay="poly")
+    )
+    """Schedule of all layers."""
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of a run."""
+
+    tokens: TokenConfig = field(default_factory=lambda: TokenConfig(frozen_stages=3, grid=8))
+    patches: PatchConfig = field(default_factory=PatchConfig)
+    test_scale: float = 2.0
+    """Size of an image at test time, by its own; published: 960 pixels, 2.5 times those of training."""
+    mask_crf: bool = True
+    """Train the segmentation on CRF-refined masks."""
+    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
+
+
+class PatchNet(nn.Module):
+    """Patches of a transformer that know their row and column, and their classes: section 3.2 and 3.3."""
+
+    def __init__(self, trunk: AttendingTrunk, num_classes: int, config: PatchConfig) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.lstm = HVBiLSTM(trunk.out_channels, config.hidden, config.dropout)
+        self.classifier = PatchClassifierGMP(self.lstm.out_dim, 1 + num_classes, config.dropout)
+
+    def forward(self, images: Tensor) -> PatchClassifierOutput:
+        return self.classify(self.trunk.stem(images))
+
+    def classify(self, stem: tuple[Tensor, ...]) -> PatchClassifierOutput:
+        return self.classifier(self.lstm(self.trunk.encode(stem, attention=False).final))
+
+
+class Views(NamedTuple):
+    """What a step sees: scores of the first view and of the second one, and what the second should be."""
+
+    first: PatchClassifierOutput
+    second: Tensor
+    target: Tensor
+
+
+class TwoViews(nn.Module):
+    """Two views of each image: the first supervises the second, section 3.4."""
+
+    def __init__(self, net: PatchNet, config: PatchConfig) -> None:
+        super().__init__()
+        self.net, self.config = net, config
+
+    def forward(self, images: Tensor, labels: Tensor) -> Views:
+        batch, side, patch = len(images), images.shape[-1], self.net.trunk.output_stride
+        half = (side // 2, side // 2)
+        cut = {"crop_probability": self.config.crop_probability, "crop": self.config.view_crop, "lattice": patch}
+        first = PatchTransform.draw(batch).to(images.device)
+        second = PatchTransform.draw(batch, grid=(side, side), size=half, **cut).to(images.device)
+        stem = self.net.trunk.stem(recolour(first.apply(images)))
+        out = self.net.classify(stem)
+        with torch.no_grad():  # the same images without dropout; the convolutional part has none and is shared
+            was_training = self.net.training
+            self.net.eval()
+            probs = self.net.classify(tuple(level.detach() for level in stem)).probs
+            self.net.train(was_training)
+        target = equivariance_target(probs, labels, first, second.on_patches(patch))
+        views = recolour(second.apply(images))
+        tiled = self.config.mosaic and batch % 4 == 0
+        seen = self.net(mosaic2x2(views) if tiled else views).probs
+        return Views(out, split2x2(seen) if tiled else seen, target)
+
+
+def recolour(images: Tensor) -> Tensor:
+    """Contrast by a factor of .5 to 2 and saturation by .5 to 1.5 of normalised images, different for each."""
+    contrast, saturation = (
+        torch.rand(2, len(images), 1, 1, 1) * torch.tensor([1.5, 1.0]).view(2, 1, 1, 1, 1) + 0.5
+    ).to(images.device)
+    grey, level = images.mean(1, keepdim=True), images.mean((1, 2, 3), keepdim=True)
+    return (grey + saturation * (images - grey) - level) * contrast + level
+
+
+class PatchTerms(NamedTuple):
+    """``total``: the sum of the terms: of tags, between views, of the classifier's weights."""
+
+    total: Tensor
+    tags: Tensor
+    equivariance: Tensor
+    penalty: Tensor
+
+
+def with_background(labels: Tensor) -> Tensor:
+    """Tags (B, K) to labels (B, 1 + K): the background is there in every image."""
+    return F.pad(labels, (1, 0), value=1.0)
+
+
+def train(run: Run, net: PatchNet, config: PatchConfig) -> None:
+    """New layers first, then all that is trained."""
+    model = TwoViews(net, config)
+    bare = net.classifier
+
+    def loss_of(wrapped: nn.Module, batch: dict[str, Tensor], at: Moment) -> PatchTerms:
+        labels = with_background(batch["labels"])
+        views: Views = wrapped(batch["image"], labels)
+        if config.exact:
+            tags = multi_label_soft_margin_loss(views.first.pooled_logits, labels)
+        else:
+            tags = pooled_probability_bce_loss(views.first.pooled, labels)
+        between = patch_equivariance_loss(views.second, views.target)
+        penalty = bare.l2_penalty(config.l2)
+        return PatchTerms(tags + config.equivariance_weight * between + penalty, tags, between, penalty)
+
+    trunk = net.trunk
+    transform = crop_transform(RandomLongSide(*config.long_side), config.crop, trunk.mean, trunk.std)
+    crops = TaggedCrops(run.dataset, run.train, transform)
+    if trunk.body is None and config.trained_blocks is not None:
+        freeze_but_last(trunk, config.trained_blocks)
+    heads = [net.lstm, net.classifier, *trunk.new]
+    pretrained = [p for p in trunk.parameters() if p.requires_grad and not any(p is q for q in new_parameters(trunk))]
+    for parameter in pretrained:
+        parameter.requires_grad_(False)
+    fit(run, "patches", model, crops, loss_of, two_speed_groups(model, heads, config.first), config.first)
+    for parameter in pretrained:
+        parameter.requires_grad_(True)
+    fit(run, "classify", model, crops, loss_of, two_speed_groups(model, heads, config.schedule), config.schedule)
+
+
+def new_parameters(trunk: AttendingTrunk) -> list[nn.Parameter]:
+    parts = ([part] if isinstance(part, nn.Parameter) else list(part.parameters()) for part in trunk.new)
+    return [parameter for part in parts for parameter in part]
+
+
+def patch_scores(run: Run, net: PatchNet, name: str, scale: float) -> Tensor:
+    """Scores of background and tagged classes (1 + K, H, W), which add up to 1: of an image and its mirror image."""
+    image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
+    labels = torch.from_numpy(run.dataset.labels(name))[None].to(run.fabric.device)
+    height, width = image.shape[-2:]
+    size = scaled_size(height, width, scale, net.trunk.output_stride)
+    plain, mirrored = net(view(image, size, net.trunk.mean, net.trunk.std)).probs
+    merged = merge_class_labels(((plain + mirrored.flip(-1)) / 2)[None], with_background(labels))
+    return F.interpolate(merged, (height, width), mode="bilinear", align_corners=False)[0]
+
+
+def write_seeds(run: Run, net: PatchNet, scale: float) -> None:
+    """Keep each class's share against the background, so that 0.5 is where they are equal."""
+
+    @torch.no_grad()
+    def work(name: str) -> None:
+        keys = torch.from_numpy(run.dataset.labels(name)).nonzero()[:, 0] + 1
+        scores = patch_scores(run, net, name, scale)
+        classes = scores[keys.to(scores.device)]
+        share = classes / (classes + scores[:1]).clamp(min=torch.finfo(scores.dtype).tiny)
+        save_cam(run, name, keys, share, coarse_of(share))
+
+    run.for_each(run.train + run.val, lambda name: run.path("cam", f"{name}.npz"), work)
+
+
+def crf_mask(run: Run, name: str) -> Tensor:
+    """The scores of an image refined by a dense CRF with DeepLab's settings, as published."""
+    stored = read_cam(run, name)
+    share = torch.from_numpy(stored.cam).clamp(max=1 - 1e-3)  # kept in half precision
+    odds = torch.cat(
+        [torch.ones_like(share[:1]) if len(share) else torch.ones(1, *share.shape[1:]), share / (1 - share)]
+    )
+    scores = odds / odds.sum(0)
+    image = image_tensor(run.dataset.image(name))
+    best = dense_crf(image[None], unary_from_scores(scores[None]), DEEPLAB_CRF)[0].argmax(0)
+    return F.pad(torch.from_numpy(stored.keys), (1, 0))[best]
+
+
+def write_patch_masks(run: Run, everywhere: bool) -> None:
+    write_masks(run, run.train, lambda name: threshold_mask(run, name, THRESHOLD))
+    measure_masks(run)
+    names: Sequence[str] = run.train if everywhere else run.seeds
+    write_masks(run, names, lambda name: crf_mask(run, name), "mask_crf")
+    measure_masks(run, "mask_crf", "mask+crf")
+
+
+# Published: one epoch of the new layers at 1e-3, 79 of the last five blocks at 1e-4, both constant. `small` takes the
+# 405 steps of the plain classifier in all, one epoch of five for the new layers, which go on at their rate.
+CONSTANT = {"weight_decay": 0.0, "warmup": 0.0, "decay": "poly", "power": 0.0}
+PRESETS = {
+    "demo": Config(),
+    "small": Config(
+        tokens=TokenConfig(frozen_stages=4, grid=14),
+        patches=PatchConfig(
+            view_crop=80,
+            long_side=(256, 400),
+            crop=224,
+            schedule=AdamSchedule(4, 16, lr=1e-4, head_lr=1e-3, weight_decay=0.0, decay="poly"),
+        ),
+        test_scale=1.0,  # 500 pixels, 1.5 times those of training
+        segment=SEGMENT["small"],
+    ),
+    "paper": Config(
+        tokens=TokenConfig(backbone="vit_base_patch16_384"),
+        patches=PatchConfig(
+            hidden=192,
+            exact=False,
+            view_crop=128,
+            trained_blocks=5,
+            long_side=(384, 512),
+            crop=384,
+            first=AdamSchedule(1, 64, lr=0.0, head_lr=1e-3, **CONSTANT),
+            schedule=AdamSchedule(79, 64, lr=1e-4, head_lr=1e-4, **CONSTANT),
+        ),
+        segment=SEGMENT["paper"],
+    ),
+    "tiny": Config(
+        data="demo:tiny",
+        tokens=TokenConfig(frozen_stages=3, dim=48, depth=2, heads=3, grid=8),
+        patches=PatchConfig(
+            hidden=8,
+            first=AdamSchedule(1, 4, lr=0.0, head_lr=1e-3, **CONSTANT),
+            schedule=AdamSchedule(1, 4, lr=1e-4, head_lr=1e-3, weight_decay=0.0, decay="poly"),
+        ),
+        test_scale=1.0,
+        segment=SEGMENT["tiny"],
+    ),
+}
+
+
+def main(config: Config) -> dict:
+    run = start("vitpcm", config, takes=())
+
+    with run.stage("classify", "Classes of patches from tags, and two views of each image"):
+        trunk = AttendingTrunk(with_random_weights(config.tokens, config.max_steps is not None))
+        net = PatchNet(trunk, len(run.dataset.classes), config.patches)
+        train(run, net, config.patches)
+
+    with run.stage("cams", "Classes of patches, corrected by the tags"):
+        write_seeds(run, net, config.test_scale)
+        measure_cams(run, THRESHOLD)
+
+    with run.stage("masks", "Masks: the likeliest class, and a dense CRF"):
+        write_patch_masks(run, config.mask_crf)
+
+    with run.stage("segment", "Segmentation network from the masks"):
+        segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)
+
+    return finish(run)
+
+
+if __name__ == "__main__":
+    run_recipe(sys.modules[__name__])
