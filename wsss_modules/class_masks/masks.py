@@ -52,6 +52,7 @@ def discriminative_activation(
         ``fullgraph=True``.
 
     Example:
+        >>> import torch
         >>> discriminative_activation(torch.tensor([3.0, -4.0]).view(1, 2, 1, 1)).flatten()
         tensor([0.6000, 0.8000])
     """
@@ -95,6 +96,7 @@ class DiscriminativeActivationLayer(nn.Module):
         Starts from torch's default, without bias. Compiles with ``fullgraph=True``.
 
     Example:
+        >>> import torch
         >>> scores = DiscriminativeActivationLayer(16, num_classes=20)(torch.randn(2, 16, 5, 7))
         >>> scores.shape, bool(torch.allclose(scores.square().sum(1), torch.ones(2, 5, 7)))
         (torch.Size([2, 21, 5, 7]), True)
@@ -136,6 +138,7 @@ def class_specific_features(features: Tensor, scores: Tensor, keys: Tensor) -> T
         Wu et al., CVPR 2021.
 
     Example:
+        >>> import torch
         >>> features = torch.tensor([[[[2.0, 4.0]]]])
         >>> scores = torch.tensor([[[[0.0, 0.0]], [[1.0, 0.5]], [[0.0, 0.25]]]])
         >>> class_specific_features(features, scores, torch.tensor([2, 1]))[0, :, 0, 0]
