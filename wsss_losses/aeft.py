@@ -400,8 +400,9 @@ def aeft_loss(
     scores = at_least_float32(logits[:classified])
     classification = F.binary_cross_entropy_with_logits(scores, labels[:classified].to(scores.dtype)).to(logits.dtype)
     attraction = erasing_attraction_loss(gpp, gpp_masked, labels, sync=sync)
-    options = {"margin": margin, "threshold": threshold, "min_hard": min_hard}
-    repulsion, _, hard = erasing_repulsion_loss(gpp, cam, labels, negative_index, valid, **options, sync=sync)
+    repulsion, _, hard = erasing_repulsion_loss(
+        gpp, cam, labels, negative_index, valid, margin=margin, threshold=threshold, min_hard=min_hard, sync=sync
+    )
     total = classification + attraction_weight * attraction + repulsion_weight * repulsion
     return AEFTTerms(total, classification, attraction, repulsion, hard)
 
