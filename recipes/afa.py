@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from recipes.cli import run_recipe
-from recipes.pipeline.attention import Attended, AttendingTrunk, coarse_of, freeze_norms, with_random_weights
+from recipes.pipeline.attention import Attended, AttendingTrunk, freeze_norms, with_random_weights
 from recipes.pipeline.cams import save_cam
 from recipes.pipeline.labels import measure_cams, measure_masks, refine_masks, write_masks
 from recipes.pipeline.report import finish
@@ -262,7 +262,7 @@ def write_seeds(run: Run, model: AFANet, scales: Sequence[float]) -> None:
     def work(name: str) -> None:
         keys = torch.from_numpy(run.dataset.labels(name)).nonzero()[:, 0]
         cam = found_in(run, model, name, scales).cam[0][keys.to(run.fabric.device)]
-        save_cam(run, name, keys + 1, cam, coarse_of(cam))
+        save_cam(run, name, keys + 1, cam)
 
     run.for_each(run.train + run.val, lambda name: run.path("cam", f"{name}.npz"), work)
 

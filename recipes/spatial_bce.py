@@ -296,8 +296,7 @@ def write_adaptive_cams(run: Run, net: SpatialNet, names: Sequence[str], config:
         base = 1.0 if config.cams.long_side is None else config.cams.long_side / max(height, width)
         sizes = sizes_of(image, [base * scale for scale in config.cams.scales])
         out = adaptive_cam(net, image, keys, sizes, config.spatial.released_maps)
-        coarse = F.interpolate(out.cam[0][:, None], (-(-height // 4), -(-width // 4)), mode="bilinear")[:, 0]
-        save_cam(run, name, keys, out.cam[0], coarse, threshold=out.threshold[0])
+        save_cam(run, name, keys, out.cam[0], threshold=out.threshold[0])
 
     run.for_each(names, lambda name: run.path("cam", f"{name}.npz"), work)
 

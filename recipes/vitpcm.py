@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.cli import run_recipe
-from recipes.pipeline.attention import AttendingTrunk, coarse_of, freeze_but_last, with_random_weights
+from recipes.pipeline.attention import AttendingTrunk, freeze_but_last, with_random_weights
 from recipes.pipeline.cams import read_cam, save_cam
 from recipes.pipeline.labels import measure_cams, measure_masks, threshold_mask, write_masks
 from recipes.pipeline.presets import SEGMENT
@@ -252,7 +252,7 @@ def write_seeds(run: Run, net: PatchNet, scale: float) -> None:
         scores = patch_scores(run, net, name, scale)
         classes = scores[keys.to(scores.device)]
         share = classes / (classes + scores[:1]).clamp(min=torch.finfo(scores.dtype).tiny)
-        save_cam(run, name, keys, share, coarse_of(share))
+        save_cam(run, name, keys, share)
 
     run.for_each(run.train + run.val, lambda name: run.path("cam", f"{name}.npz"), work)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import segmentation_models_pytorch as smp
-import torch
 from torch import Tensor, nn
 
 from recipes.pipeline.models import IMAGENET_MEAN, IMAGENET_STD, keep_statistics, load_weights
@@ -128,12 +127,3 @@ def freeze_but_last(trunk: AttendingTrunk, blocks: int) -> None:
 def with_random_weights(config: TokenConfig, cut_short: bool) -> TokenConfig:
     """A run cut short takes random weights."""
     return TokenConfig(**{**vars(config), "weights": "random"}) if cut_short else config
-
-
-@torch.no_grad()
-def coarse_of(cam: Tensor) -> Tensor:
-    """Maps (k, H, W) at a quarter of the size, as they are kept beside those of full size."""
-    size = [-(-side // 4) for side in cam.shape[-2:]]
-    if not len(cam):
-        return cam.new_zeros(0, *size)
-    return nn.functional.interpolate(cam[None], size, mode="bilinear", align_corners=False)[0]

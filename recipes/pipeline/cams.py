@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.pipeline.models import Trunk
@@ -100,11 +101,22 @@ def write_cams(
 
 
 def save_cam(
-    run: Run, name: str, keys: Tensor, cam: Tensor, coarse: Tensor, folder: str = "cam", **more: Tensor
+    run: Run, name: str, keys: Tensor, cam: Tensor, coarse: Tensor | None = None, folder: str = "cam", **more: Tensor
 ) -> None:
-    """Write the maps of one image, see :class:`Cam`, in half precision, and ``more`` beside them as it is."""
+    """Write the maps of one image, see :class:`Cam`, in half precision, and ``more`` beside them as it is.
+
+    Where maps come at full size only, those at a quarter of it are made from them.
+    """
+    coarse = _quarter(cam) if coarse is None else coarse
     arrays = {"keys": keys, "cam": cam.half(), "coarse": coarse.half(), **more}
     save_arrays(run.path(folder, f"{name}.npz"), **{key: value.cpu().numpy() for key, value in arrays.items()})
+
+
+def _quarter(cam: Tensor) -> Tensor:
+    size = [-(-side // 4) for side in cam.shape[-2:]]
+    if len(cam) == 0:  # no tag; interpolate refuses it
+        return cam.new_zeros(0, *size)
+    return F.interpolate(cam[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def read_cam(run: Run, name: str, folder: str = "cam") -> Cam:
