@@ -33,7 +33,7 @@ from torchvision import tv_tensors
 from recipes import irn
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import CamConfig
-from recipes.pipeline.classification import ClassifyConfig, classifier_trunk
+from recipes.pipeline.classification import ClassifyConfig, make_trunk
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
@@ -160,7 +160,7 @@ class CropsWithInside(Dataset):
 
 def train_sipe(run: Run, classify: ClassifyConfig, config: ExploreConfig) -> SIPE:
     """Section 3.4: the tags, and the agreement of the ordinary with the image-specific maps."""
-    model = SIPE(classifier_trunk(run, classify), len(run.dataset.classes), config)
+    model = SIPE(make_trunk(run, classify, classify.output_stride), len(run.dataset.classes), config)
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> NamedTuple:
         logits, found = model(batch["image"], batch["labels"], batch["inside"])

@@ -28,7 +28,7 @@ def test_shares_above_one_half_are_the_argmax_with_the_background(seed: int) -> 
 def test_crops_know_their_padding(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     config = sipe.ClassifyConfig(weights="random", long_side=(60, 60), crop=96)
-    trunk = sipe.classifier_trunk(run, config)
+    trunk = sipe.make_trunk(run, config, config.output_stride)
     torch.manual_seed(0)
     item = sipe.CropsWithInside(run, config, trunk)[0]
     height, width = run.dataset.size(run.train[0])
@@ -41,7 +41,7 @@ def test_crops_know_their_padding(tmp_path: Path) -> None:
 def test_maps_are_written_with_and_without_the_background(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     torch.manual_seed(0)
-    trunk = sipe.classifier_trunk(run, sipe.ClassifyConfig(weights="random", output_stride=16))
+    trunk = sipe.make_trunk(run, sipe.ClassifyConfig(weights="random"), 16)
     model = sipe.SIPE(trunk, len(run.dataset.classes), sipe.ExploreConfig(side_channels=(4, 4, 8)))
     name = run.train[0]
     sipe.write_maps(run, model, (name,), sipe.CamConfig(scales=(1.0,)))
