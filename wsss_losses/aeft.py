@@ -355,11 +355,11 @@ def aeft_loss(
         valid: (B,) bool, False for anchors to leave out.
         attraction_weight: weight of :func:`erasing_attraction_loss`.
         repulsion_weight: weight of :func:`erasing_repulsion_loss`.
-        classified: classify only so many images, the first of the batch; default: all.
+        classified: classify only so many images, the first of the batch (of each process); default: all.
         margin: see :func:`erasing_repulsion_loss`, as are the next two.
         threshold: activation from which on a cell of the anchor is left out.
         min_hard: fewest hard anchors for which there is a repulsion.
-        sync: take the images of all processes of a distributed run together in attraction and repulsion.
+        sync: take the images of all processes of a distributed run together.
 
     Returns:
         Total and terms, in the dtype of ``gpp`` and of ``logits``.
@@ -398,7 +398,9 @@ def aeft_loss(
     if classified is not None and classified < 1:
         raise ValueError(f"classified: expected at least 1, got {classified}")
     scores = at_least_float32(logits[:classified])
-    classification = F.binary_cross_entropy_with_logits(scores, labels[:classified].to(scores.dtype)).to(logits.dtype)
+    costs = F.binary_cross_entropy_with_logits(scores, labels[:classified].to(scores.dtype), reduction="none")
+    cost, count = sum_over_processes(torch.stack([costs.sum(), costs.new_tensor(costs.numel())]), sync).unbind()
+    classification = (cost / count.clamp(min=1)).to(logits.dtype)
     attraction = erasing_attraction_loss(gpp, gpp_masked, labels, sync=sync)
     repulsion, _, hard = erasing_repulsion_loss(
         gpp, cam, labels, negative_index, valid, margin=margin, threshold=threshold, min_hard=min_hard, sync=sync
@@ -417,7 +419,7 @@ class AEFTLoss(nn.Module):
         margin: squared distance from which on an anchor is not hard.
         threshold: activation in [0, 1] from which on a cell of the anchor is left out.
         min_hard: fewest hard anchors for which there is a repulsion.
-        sync: take the images of all processes of a distributed run together in attraction and repulsion.
+        sync: take the images of all processes of a distributed run together.
 
     Example:
         >>> import torch

@@ -17,8 +17,8 @@ from wsss_modules import (
     class_feature_centres,
     closest_pairs,
     kmeans,
-    prototypes,
 )
+from wsss_modules.prototypes import centres as implementation
 
 
 def blobs(n: int = 40, channels: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -55,11 +55,11 @@ def test_kmeans_equals_a_loop(metric: str, iters: int, k: int) -> None:
     torch.testing.assert_close(centres, expected)
 
 
-def test_kmeans_in_chunks_equals_kmeans_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kmeans_module_equals_kmeans_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x = blobs(120).view(3, 40, 5)
     whole = kmeans(x, 4)
-    monkeypatch.setattr(prototypes, "_TABLE", 3 * 4 * 7)  # seven samples at a time, the last five alone
-    assert [(s.start, s.stop) for s in prototypes._chunks(x.shape, 4)][:2] == [(0, 7), (7, 14)]
+    monkeypatch.setattr(implementation, "_TABLE", 3 * 4 * 7)  # seven samples at a time, the last five alone
+    assert [(s.start, s.stop) for s in implementation._chunks(x.shape, 4)][:2] == [(0, 7), (7, 14)]
     torch.testing.assert_close(kmeans(x, 4), whole)
 
 
@@ -140,7 +140,7 @@ def test_kmeans_plus_plus_draws_by_squared_distance() -> None:
     sets = 20_000
     samples, keep = torch.tensor([[0.0], [1.0], [3.0]]).repeat(sets, 1, 1), torch.ones(sets, 3, dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
-    first, second = prototypes._spread(samples, keep, 2, False, generator)[:, :, 0].unbind(1)
+    first, second = implementation._spread(samples, keep, 2, False, generator)[:, :, 0].unbind(1)
     for start in (0, 1, 3):
         assert ((first == start).double().mean() - 1 / 3).abs() < 0.015  # 4.5 standard deviations
     after_zero = second[first == 0]
