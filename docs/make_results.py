@@ -81,14 +81,14 @@ Of the systems that train the classifier differently, all on the same backbone, 
   an empty mask after the first phase, 2 % had one before, and the second phase is then told that they cover 1 % of
   the image. A phase has 243 steps here, 17,600 as published; longer ones were not tried.
 - `aeft` starts as the classifier of `cam-s0` and covers more of the objects than it (recall of cats 91 % against 74,
-  of dogs 68 against 60, of every class but sheep at least as high), and more of what is beside them: at the fixed
-  threshold it is two points below the plain CAM, at the best one (0.33) one point. Its own threshold in the paper is
-  searched on the masks of the training images. Starting from ImageNet, with cells of 32 pixels, it had 43.0. The
-  refinement by RW was not run.
+  of dogs 68 against 60, of every class at least as high), and more of what is beside them: at the fixed threshold it
+  is two points below the plain CAM, at the best one (0.33) one point. Its own threshold in the paper is searched on
+  the masks of the training images. Starting from ImageNet, with cells of 32 pixels, it had 43.0. The refinement by RW
+  was not run.
 - `occse` ends below the classifier that judges it (recall of cows and dogs 55 and 51 % against 65 and 60), so that
   the maps did not grow. The judge's loss ended at 0.6, which says that the classes erased were mostly still seen; 405
-  steps are a fiftieth of the published 20,000, at twice their learning rate. Which of the two is the reason was not
-  tested, nor was the refinement by RW run.
+  steps are a fiftieth of the published 20,000, at higher learning rates. Whether that is the reason was not tested,
+  nor was the refinement by RW run.
 """
 
 
