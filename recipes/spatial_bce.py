@@ -89,8 +89,10 @@ class SpatialConfig:
     """Size of the images whose masks give the priors; 1 is their own."""
     prior_views: tuple[float, ...] = (1.0,)
     """Sizes, relative to that, whose maps are averaged for these masks, each with its mirror image."""
+    keep_lost: bool = True
+    """Let a tagged class that the masks have lost keep the prior of the phase before."""
     least_prior: float = 0.01
-    """Least prior of a tagged class: one that the masks have lost would be taught to be nowhere."""
+    """Least prior of a tagged class: one that was lost from the start would be taught to be nowhere."""
     released_maps: bool = False
     """Read maps without the temperature and divided by their maximum, not as the probabilities that were trained."""
     kl_weight: float = 3.3
@@ -163,14 +165,17 @@ def write_ratios(run: Run, model: Classifier | SpatialNet, config: Config, folde
     run.for_each(run.train, lambda name: run.path(folder, f"{name}.npz"), work)
 
 
-def read_ratios(run: Run, folder: str, config: Config) -> Tensor:
-    """Priors of the training images, 0 for absent classes: (images, K)."""
+def priors_of(run: Run, phase: int, config: SpatialConfig) -> Tensor:
+    """Foreground ratios that a phase aims at, 0 for absent classes: (images, K)."""
     found = []
     for name in run.train:
-        with np.load(run.path(folder, f"{name}.npz")) as stored:
-            ratio = np.maximum(stored["ratio"], config.spatial.least_prior)
-        found.append(np.where(run.dataset.labels(name) > 0, ratio, 0))
-    return torch.from_numpy(np.stack(found)).float()
+        with np.load(run.path(f"ratios{phase}", f"{name}.npz")) as stored:
+            found.append(stored["ratio"])
+    priors = torch.from_numpy(np.stack(found)).float()
+    if config.keep_lost and phase > 1:
+        priors = torch.where(priors > 0, priors, priors_of(run, phase - 1, config))
+    tagged = torch.from_numpy(np.stack([run.dataset.labels(name) for name in run.train])) > 0
+    return priors.clamp(min=config.least_prior) * tagged
 
 
 def sizes_of(image: Tensor, scales: Sequence[float]) -> list[tuple[int, int]]:
@@ -337,6 +342,7 @@ PRESETS = {
             network_steps=80,
             prior_scale=1.0,
             prior_views=CAMS["paper"].scales,
+            keep_lost=False,
             least_prior=0.0,
             kl_weight=1.0,
             released_maps=True,
@@ -371,7 +377,7 @@ def main(config: Config) -> dict:
             write_ratios(run, model, config, f"ratios{phase}")
 
         with run.stage(f"phase{phase}", f"Phase {phase}: network and thresholds in turn"):
-            model = train_phase(run, f"phase{phase}", model, read_ratios(run, f"ratios{phase}", config), config)
+            model = train_phase(run, f"phase{phase}", model, priors_of(run, phase, config.spatial), config)
 
     with run.stage("cams", "Maps and their thresholds"):
         write_adaptive_cams(run, model, run.train + run.val, config)
