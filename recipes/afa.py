@@ -43,11 +43,10 @@ from recipes.pipeline.training import (
     TaggedCrops,
     crop_transform,
     fit,
-    scaled_size,
     two_speed_groups,
 )
 from recipes.pipeline.transformers import TokenConfig
-from recipes.pipeline.views import image_tensor, view
+from recipes.pipeline.views import image_tensor, views
 from wsss_losses import AFATerms, afa_loss
 from wsss_modules import (
     AffinityRandomWalk,
@@ -201,7 +200,7 @@ def pseudo_labels(model: AFANet, batch: dict[str, Tensor], config: AFAConfig, wa
     images, labels, regions = batch["image"], batch["labels"], batch["region"]
     size = tuple(images.shape[-2:])
     scaled = [
-        F.interpolate(images, scaled_size(*size, s), mode="bilinear", align_corners=False) if s != 1 else images
+        F.interpolate(images(*size, s), mode="bilinear", align_corners=False) if s != 1 else images
         for s in config.cam_scales
     ]
     was_training = model.training
@@ -252,9 +251,8 @@ def train(run: Run, model: AFANet, config: AFAConfig) -> None:
 
 def found_in(run: Run, model: AFANet, name: str, scales: Sequence[float]) -> Localised:
     image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
-    size = tuple(image.shape[-2:])
-    views = [view(image, scaled_size(*size, s, model.trunk.output_stride), model.mean, model.std) for s in scales]
-    return localise(model, views, size)
+    at_each_scale = list(views(image, model, scales, multiple=model.trunk.output_stride))
+    return localise(model, at_each_scale, tuple(image.shape[-2:]))
 
 
 def write_seeds(run: Run, model: AFANet, scales: Sequence[float]) -> None:
@@ -296,10 +294,9 @@ def merge_views(logits: Sequence[Tensor]) -> Tensor:
 def write_segmentation(run: Run, model: AFANet, scales: Sequence[float]) -> None:
     def mask_of(name: str) -> Tensor:
         image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
-        size = tuple(image.shape[-2:])
-        views = [view(image, scaled_size(*size, s, model.trunk.output_stride), model.mean, model.std) for s in scales]
-        merged = merge_views([model(x).seg_logits for x in views])
-        return F.interpolate(merged, size, mode="bilinear", align_corners=False)[0].argmax(0)
+        at_each_scale = views(image, model, scales, multiple=model.trunk.output_stride)
+        merged = merge_views([model(x).seg_logits for x in at_each_scale])
+        return F.interpolate(merged, image.shape[-2:], mode="bilinear", align_corners=False)[0].argmax(0)
 
     write_masks(run, run.val or run.train, mask_of, "segmentation")
     measure_masks(run, "segmentation", "segmentation")

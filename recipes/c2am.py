@@ -48,8 +48,8 @@ from recipes.pipeline.segmentation import (
     segmentation_probabilities,
     train_segmentation,
 )
-from recipes.pipeline.training import Moment, Schedule, TaggedCrops, crop_transform, fit, scaled_size, two_speed_groups
-from recipes.pipeline.views import image_tensor, view
+from recipes.pipeline.training import Moment, Schedule, TaggedCrops, crop_transform, fit, two_speed_groups
+from recipes.pipeline.views import image_tensor, views
 from wsss_losses import C2AMLoss
 from wsss_modules import (
     IRN_CRF,
@@ -184,16 +184,13 @@ def write_cues(run: Run, model: DisentanglingNet, config: CueConfig, folder: str
     @torch.no_grad()
     def work(name: str) -> None:
         image = image_tensor(run.dataset.image(name))
-        height, width = image.shape[-2:]
-        base = 1.0 if config.long_side is None else config.long_side / max(height, width)
-        views = []
-        for scale in config.scales:
-            size = scaled_size(height, width, base * scale)
-            both = view(image, size, model.trunk.mean, model.trunk.std).to(run.fabric.device)
-            views += model(both).logits.split(1)
+        maps: list[Tensor] = []
+        for both in views(image.to(run.fabric.device), model.trunk, config.scales, long_side=config.long_side):
+            maps += model(both).logits.split(1)
         mirrored = [False, True] * len(config.scales)
         options = {"inverted": inverted, "mirrored": mirrored, "invert": config.invert}
-        cue = threshold_cue(merge_class_agnostic_maps(views, (height, width), **options).high_res, config.threshold)
+        merged = merge_class_agnostic_maps(maps, tuple(image.shape[-2:]), **options)
+        cue = threshold_cue(merged.high_res, config.threshold)
         refined = dense_crf(image[None], unary_from_mask(cue.cpu(), num_labels=2), IRN_CRF)
         save_saliency(run, name, refined[0, 1].numpy(), folder)
 

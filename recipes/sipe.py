@@ -45,10 +45,9 @@ from recipes.pipeline.training import (
     RandomLongSide,
     crop_transform,
     fit,
-    scaled_size,
     two_speed_groups,
 )
-from recipes.pipeline.views import image_tensor, view
+from recipes.pipeline.views import image_tensor, views
 from wsss_losses import sipe_loss
 from wsss_modules import (
     IRN_CRF,
@@ -188,11 +187,10 @@ def write_maps(run: Run, model: SIPE, names: tuple[str, ...], config: CamConfig)
     def work(name: str) -> None:
         image = image_tensor(run.dataset.image(name)).to(device)
         labels = torch.from_numpy(run.dataset.labels(name)).to(device)[None]
-        height, width = image.shape[-2:]
-        base = 1.0 if config.long_side is None else config.long_side / max(height, width)
-        sizes = [scaled_size(height, width, base * scale) for scale in config.scales]
-        maps = [model.read(view(image, size, model.trunk.mean, model.trunk.std), labels).is_cam for size in sizes]
-        merged = multi_scale_cam(maps, F.pad(labels, (1, 0), value=1), (height, width), stride=4, round_to=16)
+        both_at_each = views(image, model.trunk, config.scales, long_side=config.long_side)
+        maps = [model.read(both, labels).is_cam for both in both_at_each]
+        size = tuple(image.shape[-2:])
+        merged = multi_scale_cam(maps, F.pad(labels, (1, 0), value=1), size, stride=4, round_to=16)
         keys = merged.keys[1:].cpu().numpy() - 1  # of the classes; channel 0 is the background
         fine, coarse = (x.half().cpu().numpy() for x in (merged.high_res, merged.cam))
         save_arrays(run.path("is_cam", f"{name}.npz"), keys=keys, scores=fine, coarse=coarse)

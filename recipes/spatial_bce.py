@@ -31,21 +31,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from recipes import rw
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import CamConfig, save_cam
-from recipes.pipeline.classification import ClassifyConfig, make_trunk, train_classifier
+from recipes.pipeline.classification import ClassifyConfig, make_trunk, train_classifier, whole_images
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, save_arrays, start
 from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
-from recipes.pipeline.training import Moment, Schedule, TaggedCrops, fit, scaled_size, two_speed_groups
-from recipes.pipeline.views import image_tensor, view
+from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
+from recipes.pipeline.views import image_tensor, scaled_size, views
 from wsss_losses import ForegroundRatioKLLoss, SpatialBCELoss, SpatialBCEThresholdLoss
 from wsss_modules import (
     IRN_CRF,
@@ -178,17 +176,10 @@ def priors_of(run: Run, phase: int, config: SpatialConfig) -> Tensor:
     return priors.clamp(min=config.least_prior) * tagged
 
 
-def sizes_of(image: Tensor, scales: Sequence[float]) -> list[tuple[int, int]]:
-    height, width = image.shape[-2:]
-    return [scaled_size(height, width, scale) for scale in scales]
-
-
 def plain_mask(classifier: Classifier, image: Tensor, labels: Tensor, config: Config) -> Tensor:
     """Mask (H, W) of the plain classifier's CAMs."""
-    maps, trunk = [], classifier.trunk
-    for size in sizes_of(image, config.spatial.prior_views):
-        plain, mirrored = classifier(view(image, size, trunk.mean, trunk.std)).cam
-        maps.append(merge_flip(plain, mirrored)[None])
+    cams = [classifier(both).cam for both in views(image, classifier.trunk, config.spatial.prior_views)]
+    maps = [merge_flip(plain, mirrored)[None] for plain, mirrored in cams]
     merged = multi_scale_cam(maps, labels[None], tuple(image.shape[-2:]))
     return cam_to_mask(merged.cam[None], config.threshold, keys=merged.keys)[0]
 
@@ -196,17 +187,22 @@ def plain_mask(classifier: Classifier, image: Tensor, labels: Tensor, config: Co
 def adaptive_mask(net: SpatialNet, image: Tensor, labels: Tensor, config: Config) -> Tensor:
     """Mask (H, W) of the network's maps at the thresholds that it predicts."""
     keys = labels.nonzero()[:, 0] + 1
-    out = adaptive_cam(net, image, keys, sizes_of(image, config.spatial.prior_views), config.spatial.released_maps)
+    out = adaptive_cam(net, image, keys, config.spatial.prior_views, released=config.spatial.released_maps)
     return cam_to_mask(out.scores, 0.0, keys=keys)[0]
 
 
 def adaptive_cam(
-    net: SpatialNet, image: Tensor, keys: Tensor, sizes: Sequence[tuple[int, int]], released: bool
+    net: SpatialNet,
+    image: Tensor,
+    keys: Tensor,
+    scales: Sequence[float],
+    long_side: int | None = None,
+    released: bool = False,
 ) -> AdaptiveCam:
-    """Maps and thresholds of the classes ``keys`` (k,) 1..K: means over ``sizes`` and mirror images."""
+    """Maps and thresholds of the classes ``keys`` (k,) 1..K: means over ``scales`` and mirror images."""
     maps, levels = [], []
-    for size in sizes:
-        out = net(view(image, size, net.trunk.mean, net.trunk.std))
+    for both in views(image, net.trunk, scales, long_side=long_side):
+        out = net(both)
         plain, mirrored = (out.cam if released else out.logits)[:, keys - 1]
         merged = merge_flip(plain, mirrored, reduce="mean")[:, None]  # (k, 1, h, w)
         maps.append(F.interpolate(merged, image.shape[-2:], mode="bilinear", align_corners=False))
@@ -258,23 +254,9 @@ def train_phase(run: Run, stage: str, before: Classifier | SpatialNet, priors: T
             spatial = threshold_loss(out.threshold_logits, labels, out.logits)
         return Terms(spatial + options.kl_weight * kl, spatial, kl)
 
-    crops = whole_images(run, net.trunk, options.size)
+    crops = whole_images(run, net.trunk, options.size, flip=True)
     fit(run, stage, net, crops, loss_of, groups_of(net, options), options.schedule)
     return net
-
-
-def whole_images(run: Run, trunk: Trunk, size: int) -> TaggedCrops:
-    """Whole images as squares; what is random about them leaves the share of each class as it is."""
-    transform = v2.Compose(
-        [
-            v2.Resize((size, size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.ColorJitter(0.3, 0.3, 0.3, 0.1),
-            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-            v2.Normalize(list(trunk.mean), list(trunk.std)),
-        ]
-    )
-    return TaggedCrops(run.dataset, run.train, transform)
 
 
 def groups_of(net: SpatialNet, config: SpatialConfig) -> list[dict[str, Any]]:
@@ -297,10 +279,8 @@ def write_adaptive_cams(run: Run, net: SpatialNet, names: Sequence[str], config:
     def work(name: str) -> None:
         image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
         keys = torch.from_numpy(run.dataset.labels(name)).to(image.device).nonzero()[:, 0] + 1
-        height, width = image.shape[-2:]
-        base = 1.0 if config.cams.long_side is None else config.cams.long_side / max(height, width)
-        sizes = sizes_of(image, [base * scale for scale in config.cams.scales])
-        out = adaptive_cam(net, image, keys, sizes, config.spatial.released_maps)
+        cams, released = config.cams, config.spatial.released_maps
+        out = adaptive_cam(net, image, keys, cams.scales, cams.long_side, released)
         save_cam(run, name, keys, out.cam[0], threshold=out.threshold[0])
 
     run.for_each(names, lambda name: run.path("cam", f"{name}.npz"), work)

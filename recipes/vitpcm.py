@@ -48,11 +48,10 @@ from recipes.pipeline.training import (
     TaggedCrops,
     crop_transform,
     fit,
-    scaled_size,
     two_speed_groups,
 )
 from recipes.pipeline.transformers import TokenConfig
-from recipes.pipeline.views import image_tensor, view
+from recipes.pipeline.views import image_tensor, views
 from wsss_losses import multi_label_soft_margin_loss, patch_equivariance_loss, pooled_probability_bce_loss
 from wsss_modules import (
     DEEPLAB_CRF,
@@ -236,11 +235,10 @@ def patch_scores(run: Run, net: PatchNet, name: str, scale: float) -> Tensor:
     """Scores of background and tagged classes (1 + K, H, W), which add up to 1: of an image and its mirror image."""
     image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
     labels = torch.from_numpy(run.dataset.labels(name))[None].to(run.fabric.device)
-    height, width = image.shape[-2:]
-    size = scaled_size(height, width, scale, net.trunk.output_stride)
-    plain, mirrored = net(view(image, size, net.trunk.mean, net.trunk.std)).probs
+    (both,) = views(image, net.trunk, (scale,), multiple=net.trunk.output_stride)
+    plain, mirrored = net(both).probs
     merged = merge_class_labels(((plain + mirrored.flip(-1)) / 2)[None], with_background(labels))
-    return F.interpolate(merged, (height, width), mode="bilinear", align_corners=False)[0]
+    return F.interpolate(merged, image.shape[-2:], mode="bilinear", align_corners=False)[0]
 
 
 def write_seeds(run: Run, net: PatchNet, scale: float) -> None:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.run import Run, save_arrays
-from recipes.pipeline.training import scaled_size
-from recipes.pipeline.views import image_tensor, view
+from recipes.pipeline.views import image_tensor, views
 from wsss_modules import merge_flip, multi_scale_cam
 
 
@@ -76,18 +75,16 @@ def write_cams(
     def work(name: str) -> None:
         image = image_tensor(run.dataset.image(name)).to(device)
         labels = torch.from_numpy(run.dataset.labels(name)).to(device)
-        height, width = image.shape[-2:]
-        base = 1.0 if config.long_side is None else config.long_side / max(height, width)
         maps, flipped = [], []
-        for scale in config.scales:
-            size = scaled_size(height, width, base * scale, config.output_stride if whole_cells else 1)
-            plain, mirrored = model(view(image, size, model.trunk.mean, model.trunk.std)).cam
+        multiple = config.output_stride if whole_cells else 1
+        for both in views(image, model.trunk, config.scales, long_side=config.long_side, multiple=multiple):
+            plain, mirrored = model(both).cam
             maps += [plain[None], mirrored[None]] if signed else [merge_flip(plain, mirrored)[None]]
             flipped += [False, True] if signed else [False]
         merged = multi_scale_cam(
             maps,
             labels[None],
-            (height, width),
+            tuple(image.shape[-2:]),
             mirrored=flipped,
             stride=4,
             round_to=1 if whole_cells else 16,

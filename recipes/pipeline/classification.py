@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from recipes.pipeline.models import Classifier, Trunk, build_trunk, freeze_stages
 from recipes.pipeline.run import Run
@@ -111,4 +114,21 @@ def tagged_crops(run: Run, config: ClassifyConfig, trunk: Trunk) -> TaggedCrops:
     """Augmented crops of the training images with their tags, normalised as ``trunk`` wants them."""
     resize = RandomLongSide(*config.long_side)
     transform = crop_transform(resize, config.crop, trunk.mean, trunk.std, jitter=config.jitter)
+    return TaggedCrops(run.dataset, run.train, transform)
+
+
+def whole_images(run: Run, trunk: Trunk, size: int, *, flip: bool = False) -> TaggedCrops:
+    """The training images squeezed to squares, their colours changed, and mirrored if ``flip``, but never cropped.
+
+    So each class keeps its share of the image, and without ``flip`` each cell its place.
+    """
+    transform = v2.Compose(
+        [
+            v2.Resize((size, size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            *([v2.RandomHorizontalFlip()] if flip else []),
+            v2.ColorJitter(0.3, 0.3, 0.3, 0.1),
+            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+            v2.Normalize(list(trunk.mean), list(trunk.std)),
+        ]
+    )
     return TaggedCrops(run.dataset, run.train, transform)

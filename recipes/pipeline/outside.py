@@ -17,8 +17,8 @@ from recipes.pipeline.data.image_set import PHOTO_SUFFIXES, first_five
 from recipes.pipeline.data.voc import outside_images
 from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.run import Run, replacing, save_arrays
-from recipes.pipeline.training import TaggedCrops, scaled_size
-from recipes.pipeline.views import image_tensor, view
+from recipes.pipeline.training import TaggedCrops
+from recipes.pipeline.views import image_tensor, scaled_size, view
 
 PREFIX = "ood__"  # of the names that outside_images gives, so that none is that of a training image
 

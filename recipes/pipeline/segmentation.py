@@ -23,10 +23,9 @@ from recipes.pipeline.training import (
     Schedule,
     crop_transform,
     fit,
-    scaled_size,
     two_speed_groups,
 )
-from recipes.pipeline.views import image_tensor, view
+from recipes.pipeline.views import image_tensor, views
 from wsss_modules import DEEPLAB_CRF, DenseCRF, unary_from_scores
 
 
@@ -185,8 +184,8 @@ def segmentation_probabilities(model: Segmenter, image: Tensor, scales: Sequence
     """Softmax averaged over ``scales`` and mirror images: image (3, H, W) uint8 to (1 + K, H, W)."""
     height, width = image.shape[-2:]
     total = image.new_zeros((), dtype=torch.float32)
-    for scale in scales:
-        plain, mirrored = model(view(image, scaled_size(height, width, scale, multiple=16), model.mean, model.std))
+    for both in views(image, model, scales, multiple=16):
+        plain, mirrored = model(both)
         logits = torch.stack([plain, mirrored.flip(-1)]).float()
         up = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
         total = total + up.softmax(1).mean(0)

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from recipes.pipeline.data import IGNORE, ImageSet
 from recipes.pipeline.run import Run, replacing
+from recipes.pipeline.views import scaled_size
 
 
 @dataclass(frozen=True)
@@ -371,11 +372,6 @@ class RandomScale(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return _resize(inpt, params["size"])
-
-
-def scaled_size(height: int, width: int, factor: float, multiple: int = 1) -> tuple[int, int]:
-    """The size times ``factor``, rounded to a ``multiple`` of pixels, at least one."""
-    return tuple(max(1, round(side * factor / multiple)) * multiple for side in (height, width))
 
 
 def _resize(inpt: Any, size: tuple[int, int]) -> Any:
