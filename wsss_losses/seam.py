@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wsss_losses._reduction import Reduction, check_reduction, reduce
+from wsss_losses._soft_margin import soft_margin_costs
 from wsss_modules import keep_strongest, minmax_cam
 from wsss_modules._checks import check_floating, check_ndim, check_shape
 from wsss_modules._precision import at_least_float32
@@ -443,9 +444,8 @@ class SEAMLoss(nn.Module):
 
 
 def _multi_label(cam: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
-    logits = at_least_float32(cam).mean((2, 3))
-    bce = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(1)
-    return reduce(bce, reduction).to(cam.dtype)
+    costs = soft_margin_costs("cam", at_least_float32(cam).mean((2, 3)), labels)
+    return reduce(costs, reduction).to(cam.dtype)
 
 
 def _check_cam(name: str, cam: Tensor, labels: Tensor) -> None:

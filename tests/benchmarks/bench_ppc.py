@@ -3,8 +3,9 @@
 python -m tests.benchmarks.bench_ppc [--batch 8] [--grid 16] [--features 128] [--classes 21] [--cells 56] [--keys 192]
                                      [--chunk 128 256] [--threads 1] [--repeat 5] [--device cpu] [--json FILE]
 
-``denominators`` are those of one view's intra-view term, without gradients, the part that the released code gathers
-(P, C, D) prototypes for; ``contrast`` is the whole loss with given prototypes and draws, forward and backward.
+``denominators`` are those of one view's intra-view term, without gradients. The released code gathers (P, C, D)
+prototypes for them (``gathered``) and draws some for each pixel that it never uses. ``contrast`` is the whole loss with
+given prototypes and draws, forward and backward.
 ``correlation`` is of one image at stride 8, forward, and forward and backward with gradients of the keys.
 Values, and gradients where there are some, are compared first; nothing is reported if they differ.
 """
@@ -12,6 +13,7 @@ Values, and gradients where there are some, are compared first; nothing is repor
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Callable, Sequence
 
 import torch
@@ -66,6 +68,13 @@ def denominators(pixels: Tensor, prototypes: Tensor, classes: Tensor) -> Tensor:
     return _semi_hard_costs(pixels @ prototypes.mT / 0.1, classes, (3, 13))[0]
 
 
+def with_unused_draws(pixels: Tensor, prototypes: Tensor, classes: Tensor) -> Tensor:
+    """The released code also draws ten of the prototypes for each pixel, which it never uses."""
+    for _ in range(len(pixels)):
+        random.sample(range(len(prototypes)), 10)
+    return reference_ppc.intra_costs(pixels, prototypes, classes)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,7 +103,11 @@ def main() -> None:
     shape = f"P{len(pixels)}-C{known}-D{options.features}"
     rows = compare(
         f"denominators-{shape}",
-        {"ours": without(lambda: denominators(*args)), "released": without(lambda: reference_ppc.intra_costs(*args))},
+        {
+            "ours": without(lambda: denominators(*args)),
+            "gathered": without(lambda: reference_ppc.intra_costs(*args)),
+            "released": without(lambda: with_unused_draws(*args)),
+        },
         repeat,
         device,
     )

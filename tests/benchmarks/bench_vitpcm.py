@@ -30,7 +30,8 @@ def transforms(batch: int, channels: int, side: int, device: str, repeat: int) -
     x = torch.rand(batch, channels, side, side, device=device)
     options = {"crop_probability": 0.3, "crop": side // 3, "grid": (side, side), "size": (side // 2, side // 2)}
     transform = PatchTransform.draw(batch, **options).to(x.device)
-    torch.testing.assert_close(transform.apply(x), image_by_image(x, transform), rtol=1e-4, atol=1e-5)
+    exact = image_by_image(x.double(), transform).float()
+    torch.testing.assert_close(transform.apply(x), exact, rtol=1e-5, atol=1e-6)  # 1.4e-7 measured; image by image 4e-5
     title = f"B={batch} C={channels} {side}x{side}"
     return [
         measure(f"{title} image by image", lambda: image_by_image(x, transform), repeat, device),
