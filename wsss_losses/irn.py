@@ -20,6 +20,7 @@ from wsss_modules._checks import check_floating, check_integer, check_shape
 from wsss_modules._distributed import sum_over_processes
 from wsss_modules._precision import at_least_float32
 from wsss_modules.affinity.offsets import Border, is_full
+from wsss_modules.kernels.backend import Backend, runs_triton
 
 
 class DisplacementTerms(NamedTuple):
@@ -50,6 +51,7 @@ def boundary_affinity_loss(
     num_classes: int | None = None,
     eps: float = 1e-5,
     sync: bool = False,
+    backend: Backend = "auto",
 ) -> AffinityTerms:
     r"""Learn boundaries from pairs: no boundary between pixels of one class, one somewhere between different classes.
 
@@ -66,6 +68,8 @@ def boundary_affinity_loss(
         num_classes: if given, labels >= ``num_classes`` are ignored too; 21 is the released rule.
         eps: keeps logarithms and empty groups finite.
         sync: sum counts and costs over the processes of a distributed run, see :func:`affinity_loss`.
+        backend: of the boundary costs: ``"torch"``, ``"triton"`` (classes below 255, up to 32 bits), or ``"auto"``:
+            Triton on a GPU, where gradients are then added in no fixed order.
 
     Returns:
         The total and the terms ``bg``, ``fg``, ``neg``, scalars, in the dtype of ``edge_logits``. A group without a
@@ -100,8 +104,7 @@ def boundary_affinity_loss(
     """
     _check_pair_inputs("edge_logits", edge_logits, 1, mask)
     known = hide_ignored(mask, ignore_index, num_classes)
-    costs = _boundary_costs(edge_logits, known, radius, border, eps)
-    counts = pair_counts(known, radius, is_full(border)).to(costs.dtype)
+    costs, counts = _boundary_sums(edge_logits, known, radius, border, eps, backend)
     return balanced_terms(torch.stack([costs, counts], dim=1), eps=eps, sync=sync, dtype=edge_logits.dtype)
 
 
@@ -124,10 +127,12 @@ class BoundaryAffinityLoss(nn.Module):
         num_classes: int | None = None,
         eps: float = 1e-5,
         sync: bool = False,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.radius, self.border, self.ignore_index = radius, border, ignore_index
         self.num_classes, self.eps, self.sync = num_classes, eps, sync
+        self.backend: Backend = backend
 
     def forward(self, edge_logits: Tensor, mask: Tensor) -> AffinityTerms:
         """(B, 1, H, W) logits and (B, H, W) mask -> total and terms."""
@@ -140,6 +145,7 @@ class BoundaryAffinityLoss(nn.Module):
             num_classes=self.num_classes,
             eps=self.eps,
             sync=self.sync,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:
@@ -260,6 +266,7 @@ def inter_pixel_relation_loss(
     num_classes: int | None = None,
     eps: float = 1e-5,
     sync: bool = False,
+    backend: Backend = "auto",
 ) -> InterPixelRelationTerms:
     r"""IRN's training objective: :func:`boundary_affinity_loss` plus :func:`displacement_loss`.
 
@@ -277,6 +284,8 @@ def inter_pixel_relation_loss(
         num_classes: if given, labels >= ``num_classes`` are ignored too; 21 is the released rule.
         eps: keeps logarithms and empty groups finite.
         sync: sum counts and costs over the processes of a distributed run, see :func:`affinity_loss`.
+        backend: of the boundary costs: ``"torch"``, ``"triton"`` (classes below 255, up to 32 bits), or ``"auto"``:
+            Triton on a GPU, where gradients are then added in no fixed order.
 
     Returns:
         The total and its four terms, scalars; the total in the wider dtype of the two maps.
@@ -311,9 +320,9 @@ def inter_pixel_relation_loss(
     _check_pair_inputs("displacement", displacement, 2, mask)
     known = hide_ignored(mask, ignore_index, num_classes)
     dtype = torch.promote_types(edge_logits.dtype, displacement.dtype)
-    edge_costs = _boundary_costs(edge_logits, known, radius, border, eps)
+    edge_costs, counts = _boundary_sums(edge_logits, known, radius, border, eps, backend)
     vector_costs = _displacement_costs(displacement, known, radius, border)
-    counts = pair_counts(known, radius, is_full(border)).to(torch.promote_types(dtype, torch.float32))
+    counts = counts.to(torch.promote_types(dtype, torch.float32))
     edge_sums = torch.stack([edge_costs.to(counts.dtype), counts], dim=1)
     boundary = balanced_terms(edge_sums, eps=eps, sync=sync, dtype=counts.dtype)
     vectors = _displacement_terms(vector_costs.to(counts.dtype), counts, eps=eps, sync=sync, dtype=counts.dtype)
@@ -343,10 +352,12 @@ class InterPixelRelationLoss(nn.Module):
         num_classes: int | None = None,
         eps: float = 1e-5,
         sync: bool = False,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.radius, self.border, self.ignore_index = radius, border, ignore_index
         self.num_classes, self.eps, self.sync = num_classes, eps, sync
+        self.backend: Backend = backend
 
     def forward(self, edge_logits: Tensor, displacement: Tensor, mask: Tensor) -> InterPixelRelationTerms:
         """(B, 1, H, W) logits, (B, 2, H, W) vectors and (B, H, W) mask -> total and terms."""
@@ -360,6 +371,7 @@ class InterPixelRelationLoss(nn.Module):
             num_classes=self.num_classes,
             eps=self.eps,
             sync=self.sync,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:
@@ -374,9 +386,20 @@ def _check_pair_inputs(name: str, x: Tensor, channels: int, mask: Tensor) -> Non
     check_shape("mask", mask, (x.shape[0], *x.shape[2:]), f"(B, H, W) to match {name}")
 
 
-def _boundary_costs(edge_logits: Tensor, known: Tensor, radius: int, border: Border, eps: float) -> Tensor:
+def _boundary_sums(
+    edge_logits: Tensor, known: Tensor, radius: int, border: Border, eps: float, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """Costs and counts of the groups bg, fg, neg: (3,) each."""
     logits = edge_logits[:, 0].to(torch.promote_types(edge_logits.dtype, torch.float32))
-    return boundary_costs(logits, known, radius, is_full(border), eps)
+    if runs_triton(backend, logits, known) and not (backend == "auto" and logits.dtype == torch.float64):
+        from wsss_modules.kernels.boundary_costs import boundary_pair_costs
+
+        labels = known.remainder(256).to(torch.uint8)  # 255 is what -1 becomes
+        costs, counts = boundary_pair_costs(logits, labels, radius, is_full(border), eps)
+    else:
+        costs = boundary_costs(logits, known, radius, is_full(border), eps)
+        counts = pair_counts(known, radius, is_full(border))
+    return costs, counts.to(costs.dtype)
 
 
 def _displacement_costs(displacement: Tensor, known: Tensor, radius: int, border: Border) -> Tensor:

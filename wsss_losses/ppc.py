@@ -18,6 +18,7 @@ from wsss_modules._checks import check_floating, check_ndim, check_shape
 from wsss_modules._distributed import gather_over_processes
 from wsss_modules._precision import at_least_float32
 from wsss_modules._unit import unit
+from wsss_modules.kernels.backend import Backend, runs_triton
 
 Background = Literal["constant", "low_foreground"]
 
@@ -56,6 +57,7 @@ def pixel_to_prototype_contrast_loss(
     drop_absent: bool = False,
     grid: tuple[int, int] | None = None,
     sync: bool = False,
+    backend: Backend = "auto",
 ) -> PixelToPrototypeTerms:
     r"""Pull each pixel to the prototype of its class and push it from those of all others, within and across views.
 
@@ -102,6 +104,7 @@ def pixel_to_prototype_contrast_loss(
         drop_absent: leave classes that no image of the batch shows out of all denominators.
         grid: (h, w) that both views are resized to (bilinear, aligned corners); by default that of the second.
         sync: take all statistics over the processes of a distributed run.
+        backend: ``"torch"``, ``"triton"`` (up to 32 bits and 128 prototypes), or ``"auto"``: Triton on a GPU.
 
     Returns:
         The total and its terms, at least 0, in the dtype of ``features1``.
@@ -171,22 +174,16 @@ def pixel_to_prototype_contrast_loss(
             )
             for features, cam, prototypes in ((features1, cam1, prototypes1), (features2, cam2, prototypes2))
         ]
-        both = torch.cat([view.prototypes for view in views]).mT  # (D, 2C)
         present = F.pad(labels, (1, 0), value=1).any(0)  # (C,)
-        tables: list[tuple[Tensor, Tensor]] = []
-        for view in views:
-            logits = (view.pixels @ both / temperature).unflatten(1, (2, classes))
-            if drop_absent:
-                logits = torch.where(present, logits, torch.finfo(logits.dtype).min / 4)
-            first, second = logits.unbind(1)  # (P, C) each
-            tables.append((first, second))
-        (z11, z12), (z21, z22) = tables
+        known = present if drop_absent else torch.ones_like(present)
+        contrast = _Contrast(views, known, temperature, semi_hard, backend)
         (_, y1, _), (_, y2, _) = views
-        cross_prototype = F.cross_entropy(z12, y1) + F.cross_entropy(z21, y2)
-        cross_cam = F.cross_entropy(z11, y2) + F.cross_entropy(z22, y1)
+        cross_prototype = contrast.all(0, 1, y1) + contrast.all(1, 0, y2)
+        cross_cam = contrast.all(0, 0, y2) + contrast.all(1, 1, y1)
+        lots = [_draw(drawn, y, (batch, *size), classes, generator, sync) for drawn, y in ((drawn1, y1), (drawn2, y2))]
         in1, in2 = (
-            _intra_view(z, y, _draw(drawn, y, (batch, *size), classes, generator, sync), semi_hard, hard_ratio)
-            for z, y, drawn in ((z11, y1, drawn1), (z22, y2, drawn2))
+            _intra_view(*contrast.semi_hard(view), y, lots[view], classes, hard_ratio)
+            for view, y in enumerate((y1, y2))
         )
         terms = (
             cross_prototype_weight / 2 * cross_prototype,
@@ -213,6 +210,7 @@ class PixelToPrototypeContrastLoss(nn.Module):
         drop_absent: leave absent classes out of all denominators.
         grid: common grid of the views; by default that of the second.
         sync: take all statistics over the processes of a distributed run.
+        backend: see :func:`pixel_to_prototype_contrast_loss`.
 
     Example:
         >>> import torch
@@ -241,6 +239,7 @@ class PixelToPrototypeContrastLoss(nn.Module):
         drop_absent: bool = False,
         grid: tuple[int, int] | None = None,
         sync: bool = False,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         _check_options(temperature, confident, semi_hard, hard_ratio)
@@ -250,6 +249,7 @@ class PixelToPrototypeContrastLoss(nn.Module):
         self.intra_weight, self.mask_by_label, self.drop_absent = intra_weight, mask_by_label, drop_absent
         self.background_prototype: Background = background_prototype
         self.grid, self.sync = grid, sync
+        self.backend: Backend = backend
 
     def forward(
         self,
@@ -289,6 +289,7 @@ class PixelToPrototypeContrastLoss(nn.Module):
             drop_absent=self.drop_absent,
             grid=self.grid,
             sync=self.sync,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:
@@ -330,12 +331,52 @@ class _View(NamedTuple):
         return cls(pixels, cam_pseudo_labels(cam, labels, background).flatten(), prototypes.detach().to(features.dtype))
 
 
+class _Contrast:
+    """Costs of the pixels of either view against the prototypes of either view, by tables or by kernels."""
+
+    def __init__(
+        self, views: list[_View], known: Tensor, temperature: float, semi_hard: tuple[int, int], backend: Backend
+    ) -> None:
+        self.views, self.known, self.temperature = views, known, temperature
+        self.ranks = min(semi_hard[0], len(known) - 1), min(semi_hard[1], len(known))
+        inputs = [part for view in views for part in (view.pixels, view.prototypes)]
+        self.triton = runs_triton(backend, *inputs)
+        if backend == "auto" and inputs[0].dtype == torch.float64:
+            self.triton = False
+        self.tables: list[list[Tensor]] = []  # by view of the pixels, then of the prototypes: (P, C)
+        if not self.triton:
+            both = torch.cat([view.prototypes for view in views]).mT  # (D, 2C)
+            for view in views:
+                logits = (view.pixels @ both / temperature).unflatten(1, (2, len(known)))
+                logits = torch.where(known, logits, torch.finfo(logits.dtype).min / 4)
+                self.tables.append(list(logits.unbind(1)))
+
+    def all(self, pixels: int, prototypes: int, classes: Tensor) -> Tensor:
+        """Mean cost of a view's pixels against all prototypes of a view: scalar."""
+        if self.triton:
+            return self._by_kernel(pixels, prototypes, classes, (0, 0))[0].mean()
+        return F.cross_entropy(self.tables[pixels][prototypes], classes)
+
+    def semi_hard(self, view: int) -> tuple[Tensor, Tensor]:
+        """Costs (P,) against the view's own and its semi-hard prototypes, and the logits of their own (P,)."""
+        if self.triton:
+            return self._by_kernel(view, view, self.views[view].classes, self.ranks)
+        return _semi_hard_costs(self.tables[view][view], self.views[view].classes, self.ranks)
+
+    def _by_kernel(
+        self, pixels: int, prototypes: int, classes: Tensor, ranks: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        from wsss_modules.kernels.prototype_contrast import prototype_contrast
+
+        read, against = self.views[pixels].pixels, self.views[prototypes].prototypes
+        costs, own, _ = prototype_contrast(read, against, classes, self.known, self.temperature, *ranks)
+        return costs, own
+
+
 def _intra_view(
-    logits: Tensor, classes: Tensor, drawn: Tensor, semi_hard: tuple[int, int], hard_ratio: float
+    cost: Tensor, positive: Tensor, classes: Tensor, drawn: Tensor, known: int, hard_ratio: float
 ) -> Tensor:
-    """I(z, y) of logits (P, C), pseudo labels (P,) and the pixels drawn (P,): scalar."""
-    known = logits.shape[1]
-    cost, positive = _semi_hard_costs(logits, classes, semi_hard)
+    """I of the costs (P,) and own logits (P,) of pixels, their pseudo labels (P,) and those drawn (P,): scalar."""
     rank, count = rank_in_class(classes, positive.detach(), known)
     half, end = count // 2, (count.double() * hard_ratio).long()  # in float64, as int(n * hard_ratio) is
     hard = (rank >= end - half) & (rank < end)
@@ -346,12 +387,10 @@ def _intra_view(
     return values.sum() / member.any(0).sum()
 
 
-def _semi_hard_costs(logits: Tensor, classes: Tensor, semi_hard: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Costs (P,) of the pixels against the semi-hard prototypes, and the logits of their own (P,)."""
-    known = logits.shape[1]
-    first, last = min(semi_hard[0], known - 1), min(semi_hard[1], known)
+def _semi_hard_costs(logits: Tensor, classes: Tensor, ranks: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Costs (P,) of the pixels against the prototypes of these ranks, and the logits of their own (P,)."""
     positive = logits.gather(1, classes[:, None])[:, 0]
-    negative = logits.topk(last, dim=1).values[:, first:].logsumexp(1)
+    negative = logits.topk(ranks[1], dim=1).values[:, ranks[0] :].logsumexp(1)
     return torch.logaddexp(positive, negative) - positive, positive
 
 

@@ -24,17 +24,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from wsss_modules.affinity.offsets import Offset, inside
 
+if TYPE_CHECKING:
+    from wsss_modules.kernels.stencil_walk import KernelStencil
+
 SERIAL = 32768  # numbers up to which torch runs an elementwise operation on one thread; a reduction needs one less
 
 
 @dataclass
-class _Recurrence:
+class Recurrence:
     """Coefficients of the three-term recurrence; ``weights`` (c_0 .. c_n) is empty for the plain walk."""
 
     n_steps: int
@@ -82,6 +86,29 @@ class _Stencil:
     def bind(self, buffer: Tensor) -> _BoundStencil:
         return _BoundStencil(self, buffer)
 
+    def polynomial(self, x: Tensor, recurrence: Recurrence) -> Tensor:
+        """p(T) x for flat ``x`` (B, C, N)."""
+        walk = _Walk(self, x, recurrence)
+        if not recurrence.weights:
+            for k in range(recurrence.n_steps):
+                walk.advance(k, walk.apply())
+            return walk.state.contiguous()
+        total = x * recurrence.weight(0)
+        for k in range(recurrence.n_steps):
+            walk.advance(k, walk.apply())
+            if recurrence.weight(k + 1):
+                total.add_(walk.state, alpha=recurrence.weight(k + 1))
+        return total
+
+    def accumulate(self, result: Tensor, states: Tensor, averages: Tensor, adjoints: Tensor, scale: float) -> None:
+        """Add one step to the gradient (B, P, N), from buffers (B, C, M + N + M) of t_k, T t_k and w_{k+1}."""
+        state, average, adjoint = (self.at(x, 0) for x in (states, averages, adjoints))
+        forth, back = torch.empty_like(average), torch.empty_like(average)
+        for p, step in enumerate(self.steps):
+            torch.sub(self.at(states, step), average, out=forth).mul_(adjoint)
+            torch.sub(state, self.at(averages, step), out=back).mul_(self.at(adjoints, step))
+            result[:, p].add_(forth.add_(back).sum(1), alpha=scale)
+
 
 class _BoundStencil:
     """T - I applied to one buffer again and again; the views of the neighbours are made once."""
@@ -113,13 +140,13 @@ class _BoundStencil:
 
 
 class _Walk:
-    """State t and increment d of the recurrence, advanced in place.
+    """State t and increment d of the recurrence, advanced in place, over a stencil of either kind.
 
     What rounding takes from an increment is added to the next one (Kahan's sum): increments of weak affinities can be
     smaller than half a unit in the last place of the state for hundreds of steps.
     """
 
-    def __init__(self, stencil: _Stencil, x: Tensor, recurrence: _Recurrence) -> None:
+    def __init__(self, stencil: _Stencil | KernelStencil, x: Tensor, recurrence: Recurrence) -> None:
         self.buffer = stencil.buffer(x)
         self.state = stencil.at(self.buffer, 0)  # t, (B, C, N)
         self.increment, self.lost, self.before = (torch.zeros_like(x) for _ in range(3))  # d; (B, C, N) each
@@ -143,79 +170,91 @@ class _Walk:
         self.lost.sub_(self.before.sub_(self.state).neg_())  # less what was
 
 
-def _polynomial(stencil: _Stencil, x: Tensor, recurrence: _Recurrence) -> Tensor:
-    """p(T) x for flat ``x`` (B, C, N)."""
-    walk = _Walk(stencil, x, recurrence)
-    if not recurrence.weights:
-        for k in range(recurrence.n_steps):
-            walk.advance(k, walk.apply())
-        return walk.state.contiguous()
-    total = x * recurrence.weight(0)
-    for k in range(recurrence.n_steps):
-        walk.advance(k, walk.apply())
-        if recurrence.weight(k + 1):
-            total.add_(walk.state, alpha=recurrence.weight(k + 1))
-    return total
+def _stencil_of(values: Tensor, offsets: list[int], triton: bool) -> _Stencil | KernelStencil:
+    if triton:
+        from wsss_modules.kernels.stencil_walk import KernelStencil
+
+        return KernelStencil(values, offsets)
+    return _Stencil(values, _pairs(offsets))
 
 
 # schemas are written out: whether they can be read from string annotations depends on the version of torch
 @torch.library.custom_op(
     "wsss::stencil_walk",
     mutates_args=(),
-    schema="(Tensor x, Tensor values, int[] offsets, int n_steps, float[] weights) -> Tensor",
+    schema="(Tensor x, Tensor values, int[] offsets, int n_steps, float[] weights, bool triton=False) -> Tensor",
 )
-def stencil_walk(x: Tensor, values: Tensor, offsets: list[int], n_steps: int, weights: list[float]) -> Tensor:
+def stencil_walk(
+    x: Tensor, values: Tensor, offsets: list[int], n_steps: int, weights: list[float], triton: bool = False
+) -> Tensor:
     """Walk maps ``x`` (B, C, H, W) over affinities ``values`` (B, P, H, W).
 
     ``offsets`` holds dy and dx of each offset in turn. ``weights`` c_0 .. c_n makes the result the sum of Chebyshev
-    polynomials; empty, it is ``T`` to the power ``n_steps``. Each map stays within its own range, exactly.
+    polynomials; empty, it is ``T`` to the power ``n_steps``. Each map stays within its own range, exactly. ``triton``
+    takes a step in one launch.
     """
-    offset_pairs, recurrence = _pairs(offsets), _Recurrence(n_steps, weights)
+    recurrence = Recurrence(n_steps, weights)
     result = x.new_empty(x.shape)
     for images, channels in _blocks(x, SERIAL):
-        stencil = _Stencil(values[images], offset_pairs)
+        stencil = _stencil_of(values[images], offsets, triton)
         part = x[images, channels]
-        walked = _polynomial(stencil, part.flatten(2), recurrence).view(part.shape)
+        walked = stencil.polynomial(part.flatten(2), recurrence).view(part.shape)
         low, high = part.amin((2, 3), keepdim=True), part.amax((2, 3), keepdim=True)
         torch.clamp(walked, low, high, out=result[images, channels])
     return result
 
 
 @stencil_walk.register_fake
-def _(x: Tensor, values: Tensor, offsets: list[int], n_steps: int, weights: list[float]) -> Tensor:
+def _(
+    x: Tensor, values: Tensor, offsets: list[int], n_steps: int, weights: list[float], triton: bool = False
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op(
     "wsss::stencil_walk_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor values, int[] offsets, int n_steps, float[] weights, bool for_values) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor grad, Tensor x, Tensor values, int[] offsets, int n_steps, float[] weights, bool for_values, "
+    "bool triton) -> (Tensor, Tensor)",
 )
 def stencil_walk_backward(
-    grad: Tensor, x: Tensor, values: Tensor, offsets: list[int], n_steps: int, weights: list[float], for_values: bool
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    offsets: list[int],
+    n_steps: int,
+    weights: list[float],
+    for_values: bool,
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`stencil_walk` with respect to ``x`` and, if asked for, ``values`` (else an empty tensor)."""
-    offset_pairs, recurrence = _pairs(offsets), _Recurrence(n_steps, weights)
+    recurrence = Recurrence(n_steps, weights)
     grad_x = x.new_empty(x.shape)
     grad_values = values.new_zeros(values.shape if for_values else (0,))
     for images, channels in _blocks(x, SERIAL - 1 if for_values else SERIAL):
-        stencil = _Stencil(values[images], offset_pairs)
+        stencil = _stencil_of(values[images], offsets, triton)
         part = x[images, channels].flatten(2)
         adjoint = grad[images, channels].flatten(2) * stencil.inverse_degree  # u = g / D, (B, C, N)
         if for_values and n_steps > 0:
             adjoint = _affinity_gradient(stencil, part, adjoint, recurrence, grad_values[images].flatten(2))
         else:
-            adjoint = _polynomial(stencil, adjoint, recurrence)
+            adjoint = stencil.polynomial(adjoint, recurrence)
         grad_x[images, channels] = (adjoint * (1 + stencil.off_diagonal)).unflatten(2, x.shape[2:])
     if for_values:
-        grad_values *= inside(tuple(offset_pairs), (x.shape[2], x.shape[3]), x.device)
+        grad_values *= inside(tuple(_pairs(offsets)), (x.shape[2], x.shape[3]), x.device)
     return grad_x, grad_values
 
 
 @stencil_walk_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, values: Tensor, offsets: list[int], n_steps: int, weights: list[float], for_values: bool
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    offsets: list[int],
+    n_steps: int,
+    weights: list[float],
+    for_values: bool,
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), values.new_empty(values.shape if for_values else (0,))
 
@@ -239,7 +278,7 @@ def _blocks(x: Tensor, limit: int) -> list[tuple[slice, slice]]:
 
 
 def _affinity_gradient(
-    stencil: _Stencil, x: Tensor, adjoint: Tensor, recurrence: _Recurrence, result: Tensor
+    stencil: _Stencil | KernelStencil, x: Tensor, adjoint: Tensor, recurrence: Recurrence, result: Tensor
 ) -> Tensor:
     """Add the gradient of the half stencil to ``result`` (B, P, N), and return p(T) u.
 
@@ -269,12 +308,12 @@ def _affinity_gradient(
             torch.add(walk.state, change, out=stencil.at(averages[k - first], 0))
             walk.advance(k, change)
         for k in range(last - 1, first - 1, -1):
-            _accumulate(stencil, result, states[k - first], averages[k - first], back.buffer, recurrence.scale(k))
+            stencil.accumulate(result, states[k - first], averages[k - first], back.buffer, recurrence.scale(k))
             _step_back(back, adjoint, recurrence, k)
     return back.state
 
 
-def _step_back(back: _Walk, adjoint: Tensor, recurrence: _Recurrence, k: int) -> None:
+def _step_back(back: _Walk, adjoint: Tensor, recurrence: Recurrence, k: int) -> None:
     """From w_{k+1} to w_k."""
     change = back.apply()
     if not recurrence.weights:
@@ -286,28 +325,16 @@ def _step_back(back: _Walk, adjoint: Tensor, recurrence: _Recurrence, k: int) ->
         back.state.copy_(change.add_(back.increment).add_(adjoint, alpha=recurrence.weight(0)))
 
 
-def _accumulate(
-    stencil: _Stencil, result: Tensor, states: Tensor, averages: Tensor, adjoints: Tensor, scale: float
-) -> None:
-    """Add one step to the gradient (B, P, N), from buffers (B, C, M + N + M) of t_k, T t_k and w_{k+1}."""
-    state, average, adjoint = (stencil.at(x, 0) for x in (states, averages, adjoints))
-    forth, back = torch.empty_like(average), torch.empty_like(average)
-    for p, step in enumerate(stencil.steps):
-        torch.sub(stencil.at(states, step), average, out=forth).mul_(adjoint)
-        torch.sub(state, stencil.at(averages, step), out=back).mul_(stencil.at(adjoints, step))
-        result[:, p].add_(forth.add_(back).sum(1), alpha=scale)
-
-
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, values, ctx.offsets, ctx.n_steps, ctx.weights = inputs
+    x, values, ctx.offsets, ctx.n_steps, ctx.weights, ctx.triton = inputs
     ctx.save_for_backward(x, values)
 
 
 def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     x, values = ctx.saved_tensors
-    arguments = (ctx.offsets, ctx.n_steps, ctx.weights, ctx.needs_input_grad[1])
+    arguments = (ctx.offsets, ctx.n_steps, ctx.weights, ctx.needs_input_grad[1], ctx.triton)
     grad_x, grad_values = stencil_walk_backward(grad, x, values, *arguments)
-    return grad_x, grad_values if ctx.needs_input_grad[1] else None, None, None, None
+    return grad_x, grad_values if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
 stencil_walk.register_autograd(_backward, setup_context=_setup)

@@ -16,6 +16,7 @@ from wsss_modules._checks import check_floating, check_ndim, check_shape
 from wsss_modules._stencil_walk import stencil_walk
 from wsss_modules.affinity import EdgeToAffinity, LocalAffinity
 from wsss_modules.cam import background_score
+from wsss_modules.kernels.backend import Backend, runs_triton
 
 Method = Literal["power", "chebyshev"]
 
@@ -28,6 +29,7 @@ def random_walk(
     n_steps: int = 256,
     method: Method = "power",
     tolerance: float = 1e-7,
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Walk maps over sharpened affinities: each step replaces a pixel by the weighted average of its neighbourhood.
 
@@ -46,6 +48,7 @@ def random_walk(
         tolerance: for ``"chebyshev"``, weight of the polynomials that may be left out. The error is at most twice that
             times the range of ``x`` in the degree-weighted norm, and in practice of that order in each pixel.
             1e-7 keeps 84 of 256; 0 keeps all, which is exact.
+        backend: ``"torch"``, ``"triton"``, or ``"auto"``: Triton on a GPU, one launch a step.
 
     Returns:
         (B, C, H, W) in the dtype of ``x``.
@@ -88,7 +91,8 @@ def random_walk(
     weights = _chebyshev_weights(n_steps, tolerance) if method == "chebyshev" else []
     n_steps = len(weights) - 1 if weights else n_steps
     flat_offsets = [component for offset in affinity.offsets for component in offset]
-    return stencil_walk(x.to(dtype), values, flat_offsets, n_steps, weights).to(x.dtype)
+    triton = runs_triton(backend, x, values)
+    return stencil_walk(x.to(dtype), values, flat_offsets, n_steps, weights, triton).to(x.dtype)
 
 
 class RandomWalk(nn.Module):
@@ -99,6 +103,7 @@ class RandomWalk(nn.Module):
         n_steps: number of steps.
         method: ``"power"`` or ``"chebyshev"``.
         tolerance: weight of the polynomials that ``"chebyshev"`` may leave out.
+        backend: see :func:`random_walk`.
 
     Example:
         >>> import torch
@@ -110,16 +115,22 @@ class RandomWalk(nn.Module):
     """
 
     def __init__(
-        self, beta: float = 8.0, n_steps: int = 256, method: Method = "power", tolerance: float = 1e-7
+        self,
+        beta: float = 8.0,
+        n_steps: int = 256,
+        method: Method = "power",
+        tolerance: float = 1e-7,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         _check_options(n_steps, method, tolerance)
+        self.backend: Backend = backend
         self.beta, self.n_steps, self.method, self.tolerance = beta, n_steps, method, tolerance
 
     def forward(self, x: Tensor, affinity: LocalAffinity) -> Tensor:
         """(B, C, H, W) maps and their affinity -> (B, C, H, W)."""
         options = {"beta": self.beta, "n_steps": self.n_steps, "tolerance": self.tolerance}
-        return random_walk(x, affinity, method=self.method, **options)  # type: ignore[arg-type]
+        return random_walk(x, affinity, method=self.method, backend=self.backend, **options)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         """Show the options."""

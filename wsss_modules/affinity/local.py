@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wsss_modules._checks import check_floating, check_ndim, check_shape
 from wsss_modules.affinity.offsets import Border, Offset, Order, check_crop, inside, ordered_offsets, source_box
+from wsss_modules.kernels.backend import Backend, runs_triton
 
 
 @dataclass(eq=False)
@@ -164,9 +165,18 @@ class LocalAffinity:
         powered = torch.where(positive, self.values, 1).pow(beta)
         return LocalAffinity(self.offsets, torch.where(positive, powered, 0))
 
-    def matvec(self, x: Tensor) -> Tensor:
-        """Product with maps ``x`` (B, C, H, W): each pixel gets the weighted sum of its neighbours and itself."""
+    def matvec(self, x: Tensor, *, backend: Backend = "auto") -> Tensor:
+        """Product with maps ``x`` (B, C, H, W): each pixel gets the weighted sum of its neighbours and itself.
+
+        ``backend`` is ``"torch"``, ``"triton"``, or ``"auto"``: Triton on a GPU.
+        """
         check_shape("x", x, (None, None, *self.size), "(B, C, H, W), the map of the affinity")
+        if runs_triton(backend, x, self.values):
+            from wsss_modules.kernels.stencil_walk import stencil_product
+
+            dtype, batch = torch.promote_types(x.dtype, self.values.dtype), max(len(x), len(self.values))
+            maps, values = (part.to(dtype).expand(batch, -1, -1, -1) for part in (x, self.values))
+            return stencil_product(maps, values, [step for offset in self.offsets for step in offset])
         total = x
         for p, offset in enumerate(self.offsets):
             weight = self.values[:, p : p + 1]

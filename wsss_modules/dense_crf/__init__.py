@@ -1,5 +1,6 @@
-"""Fully connected Gaussian CRF by mean field on a permutohedral lattice, in plain torch."""
+"""Fully connected Gaussian CRF by mean field, on a permutohedral lattice or by exact sums over all pairs."""
 
+from wsss_modules.dense_crf._exact import ExactGaussian
 from wsss_modules.dense_crf._lattice import PermutohedralLattice
 from wsss_modules.dense_crf._mean_field import (
     DEEPLAB_CRF,
@@ -22,6 +23,7 @@ __all__ = [
     "CRFKernels",
     "CRFParameters",
     "DenseCRF",
+    "ExactGaussian",
     "PermutohedralLattice",
     "crf_kernels",
     "dense_crf",

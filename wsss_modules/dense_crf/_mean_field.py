@@ -14,7 +14,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wsss_modules._checks import check_floating, check_integer, check_ndim
+from wsss_modules.dense_crf._exact import ExactGaussian
 from wsss_modules.dense_crf._lattice import PermutohedralLattice
+from wsss_modules.kernels.backend import Backend
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,11 @@ class CRFKernels(NamedTuple):
     """The pairwise part of a CRF for given images: the costly half, to be made once and used for many unaries.
 
     Attributes:
-        terms: (weight, lattice) of each kernel; a lattice of one image serves any batch.
+        terms: (weight, filter) of each kernel; the filter of one image serves any batch.
         size: (H, W) in pixels.
     """
 
-    terms: tuple[tuple[float, PermutohedralLattice], ...]
+    terms: tuple[tuple[float, PermutohedralLattice | ExactGaussian], ...]
     size: tuple[int, int]
 
 
@@ -146,14 +148,21 @@ def unary_from_mask(mask: Tensor, num_labels: int, *, gt_prob: float = 0.7, igno
 
 
 def crf_kernels(
-    image: Tensor, parameters: CRFParameters = PSA_CRF, *, dtype: torch.dtype = torch.float32
+    image: Tensor,
+    parameters: CRFParameters = PSA_CRF,
+    *,
+    dtype: torch.dtype = torch.float32,
+    exact: bool = False,
+    backend: Backend = "auto",
 ) -> CRFKernels:
     """The two kernels of a CRF for a batch of images, for :func:`mean_field` or :class:`DenseCRF`.
 
     Args:
         image: (B, 3, H, W) RGB in 0..255, uint8 or any other type; not normalised. Treated as constant.
         parameters: deviations and weights.
-        dtype: float32 or float64, the precision of the lattices.
+        dtype: float32 or float64, the precision of the filters.
+        exact: sum over all pairs of pixels in place of the permutohedral lattice, in time that grows with N^2.
+        backend: of exact sums: ``"torch"``, ``"triton"``, or ``"auto"``: Triton on a GPU.
 
     Returns:
         The kernels. The spatial one is the same for all images of a size and is made once for the batch.
@@ -175,15 +184,18 @@ def crf_kernels(
         _check_range(image)
     y, x = torch.meshgrid(*(torch.arange(n, device=image.device, dtype=dtype) for n in (height, width)), indexing="ij")
     xy = torch.stack([x.flatten(), y.flatten()], 1)  # (N, 2)
+
+    def kernel(features: Tensor) -> PermutohedralLattice | ExactGaussian:
+        return ExactGaussian(features, backend=backend) if exact else PermutohedralLattice(features)
+
     terms = []
     if parameters.gaussian_weight > 0:
-        lattice = PermutohedralLattice(xy[None] / parameters.gaussian_sxy)
-        terms.append((parameters.gaussian_weight, lattice))
+        terms.append((parameters.gaussian_weight, kernel(xy[None] / parameters.gaussian_sxy)))
     if parameters.bilateral_weight > 0:
         rgb = rearrange(image.to(dtype), "b c h w -> b (h w) c")
         place = (xy / parameters.bilateral_sxy).expand(batch, -1, -1)
-        lattice = PermutohedralLattice(torch.cat([place, rgb / parameters.bilateral_srgb], 2))
-        terms.append((parameters.bilateral_weight, lattice))
+        features = torch.cat([place, rgb / parameters.bilateral_srgb], 2)
+        terms.append((parameters.bilateral_weight, kernel(features)))
     return CRFKernels(tuple(terms), (height, width))
 
 
@@ -234,7 +246,14 @@ def mean_field(unary: Tensor, kernels: CRFKernels, iterations: int = 10) -> Tens
     return rearrange(q, "b (h w) c -> b c h w", h=unary.shape[2]).to(unary.dtype)
 
 
-def dense_crf(image: Tensor | CRFKernels, unary: Tensor, parameters: CRFParameters = PSA_CRF) -> Tensor:
+def dense_crf(
+    image: Tensor | CRFKernels,
+    unary: Tensor,
+    parameters: CRFParameters = PSA_CRF,
+    *,
+    exact: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
     """Refine label maps by the edges of their image: :func:`mean_field` over the kernels of :func:`crf_kernels`.
 
     Args:
@@ -243,6 +262,8 @@ def dense_crf(image: Tensor | CRFKernels, unary: Tensor, parameters: CRFParamete
         unary: (B, C, H, W) energies of the C labels present (:func:`unary_from_scores`, :func:`unary_from_mask`), any
             floating type. Differentiable.
         parameters: deviations, weights, iterations: :data:`PSA_CRF`, :data:`IRN_CRF`, :data:`DEEPLAB_CRF` or your own.
+        exact: sum over all pairs of pixels, see :func:`crf_kernels`; of finished kernels no matter.
+        backend: of exact sums, see :func:`crf_kernels`.
 
     Returns:
         (B, C, H, W) probabilities, sum 1 over C, in the dtype of ``unary``.
@@ -272,7 +293,8 @@ def dense_crf(image: Tensor | CRFKernels, unary: Tensor, parameters: CRFParamete
         A gradient keeps one (B, C, H, W) map per iteration more. A batch is one lattice, not a loop over images.
         The size of the lattice depends on the image, so ``torch.compile`` breaks its graph once, where the kernels are
         made (and the device is synchronised there); :func:`mean_field` over finished kernels is a single graph.
-        Results are those of ``pydensecrf2`` up to rounding, so they carry its approximation of the Gaussians too.
+        Results are those of ``pydensecrf2`` up to rounding, so they carry its approximation of the Gaussians too;
+        ``exact`` has the Gaussians themselves.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -285,7 +307,7 @@ def dense_crf(image: Tensor | CRFKernels, unary: Tensor, parameters: CRFParamete
     if isinstance(image, Tensor):
         check_ndim("unary", unary, 4, "(B, C, H, W)")
         check_floating("unary", unary)
-        image = crf_kernels(image, parameters, dtype=_compute_dtype(unary))
+        image = crf_kernels(image, parameters, dtype=_compute_dtype(unary), exact=exact, backend=backend)
     return mean_field(unary, image, parameters.iterations)
 
 
@@ -294,6 +316,8 @@ class DenseCRF(nn.Module):
 
     Args:
         parameters: deviations, weights, iterations.
+        exact: see :func:`crf_kernels`.
+        backend: see :func:`crf_kernels`.
 
     Example:
         Two unaries of an image over one pair of lattices:
@@ -308,21 +332,22 @@ class DenseCRF(nn.Module):
         True
     """
 
-    def __init__(self, parameters: CRFParameters = PSA_CRF) -> None:
+    def __init__(self, parameters: CRFParameters = PSA_CRF, *, exact: bool = False, backend: Backend = "auto") -> None:
         super().__init__()
-        self.crf_parameters = parameters
+        self.crf_parameters, self.exact = parameters, exact
+        self.backend: Backend = backend
 
     def prepare(self, image: Tensor, *, dtype: torch.dtype = torch.float32) -> CRFKernels:
         """The kernels of ``image``, to pass in its place: :func:`crf_kernels`."""
-        return crf_kernels(image, self.crf_parameters, dtype=dtype)
+        return crf_kernels(image, self.crf_parameters, dtype=dtype, exact=self.exact, backend=self.backend)
 
     def forward(self, image: Tensor | CRFKernels, unary: Tensor) -> Tensor:
         """(B, C, H, W) probabilities: see :func:`dense_crf`."""
-        return dense_crf(image, unary, self.crf_parameters)
+        return dense_crf(image, unary, self.crf_parameters, exact=self.exact, backend=self.backend)
 
     def extra_repr(self) -> str:
         """The parameters."""
-        return str(self.crf_parameters)
+        return f"{self.crf_parameters}, exact=True" if self.exact else str(self.crf_parameters)
 
 
 def _softmax(logits: Tensor) -> Tensor:

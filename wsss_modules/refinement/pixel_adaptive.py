@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from wsss_modules._checks import check_floating, check_ndim, check_shape
 from wsss_modules._precision import at_least_float32
 from wsss_modules.affinity.offsets import Offset
+from wsss_modules.kernels.backend import Backend, runs_triton
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 EPS = 1e-8
@@ -42,12 +43,13 @@ class PixelAdaptiveKernel:
     offsets: tuple[Offset, ...]
     weights: Tensor
 
-    def refine(self, masks: Tensor, num_iter: int) -> Tensor:
+    def refine(self, masks: Tensor, num_iter: int, *, backend: Backend = "auto") -> Tensor:
         """Average ``masks`` ``num_iter`` times.
 
         Args:
             masks: (B, C, h, w) floating point; brought to (H, W) first, bilinear with ``align_corners=True``.
             num_iter: at least 0.
+            backend: ``"torch"``, ``"triton"``, or ``"auto"``: Triton on a GPU.
 
         Returns:
             (B, C, H, W) in the dtype of ``masks``.
@@ -69,9 +71,11 @@ class PixelAdaptiveKernel:
             maps, weights = masks.to(dtype), self.weights.to(dtype)
             if tuple(maps.shape[2:]) != size:
                 maps = F.interpolate(maps, size, mode="bilinear", align_corners=True)
-            in_place = not (torch.is_grad_enabled() and (maps.requires_grad or weights.requires_grad))
+            average = _average
+            if runs_triton(backend, maps, weights):
+                from wsss_modules.kernels.pixel_adaptive import average_neighbours as average
             for _ in range(num_iter):
-                maps = _average(maps, weights, self.offsets, in_place)
+                maps = average(maps, weights, self.offsets)
         return maps.to(masks.dtype)
 
 
@@ -174,6 +178,7 @@ def pixel_adaptive_refinement(
     w2: float = 0.01,
     normalize: bool = False,
     image_gradient: bool = False,
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Refine maps by averaging each pixel over its neighbours, weighted by likeness of colour and by distance.
 
@@ -190,6 +195,7 @@ def pixel_adaptive_refinement(
         w2: weight of the kernel of distance.
         normalize: divide the weights by their sum, 1 + w2.
         image_gradient: let the gradient flow into ``image`` too.
+        backend: ``"torch"``, ``"triton"``, or ``"auto"``: Triton on a GPU.
 
     Returns:
         (B, C, H, W) in the dtype of ``masks``, between the extremes of ``masks`` times (1 + w2)^num_iter.
@@ -206,8 +212,9 @@ def pixel_adaptive_refinement(
 
     Notes:
         The released code gathers all neighbours of all maps, a (B, C, P, H, W) tensor, in every iteration. Here each
-        neighbour is a slice of the padded map: memory for the weights (B, P, H, W) and two copies of the maps.
-        Linear in ``masks``, so a kernel that is made once serves several calls. Compiles with ``fullgraph=True``.
+        neighbour is a slice of the padded map: memory for the weights (B, P, H, W) and two copies of the maps. On a GPU
+        an iteration is one launch (:mod:`wsss_modules.kernels.pixel_adaptive`). Linear
+        in ``masks``, so a kernel that is made once serves several calls. Compiles with ``fullgraph=True``.
 
     Example:
         >>> import torch
@@ -219,7 +226,7 @@ def pixel_adaptive_refinement(
     """
     check_shape("masks", masks, (len(image), None, None, None), "(B, C, h, w) to match image")
     kernel = pixel_adaptive_kernel(image, dilations, w1=w1, w2=w2, normalize=normalize, image_gradient=image_gradient)
-    return kernel.refine(masks, num_iter)
+    return kernel.refine(masks, num_iter, backend=backend)
 
 
 class PixelAdaptiveRefinement(nn.Module):
@@ -232,6 +239,7 @@ class PixelAdaptiveRefinement(nn.Module):
         w2: weight of the kernel of distance.
         normalize: divide the weights by their sum.
         image_gradient: let the gradient flow into the image too.
+        backend: see :func:`pixel_adaptive_refinement`.
 
     Example:
         >>> import torch
@@ -250,6 +258,7 @@ class PixelAdaptiveRefinement(nn.Module):
         w2: float = 0.01,
         normalize: bool = False,
         image_gradient: bool = False,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         _ring_offsets(dilations)
@@ -257,6 +266,7 @@ class PixelAdaptiveRefinement(nn.Module):
             raise ValueError(f"num_iter, w1: expected at least 0 and a number above 0, got {num_iter} and {w1}")
         self.dilations, self.num_iter = tuple(dilations), num_iter
         self.w1, self.w2, self.normalize, self.image_gradient = w1, w2, normalize, image_gradient
+        self.backend: Backend = backend
 
     def kernel(self, image: Tensor) -> PixelAdaptiveKernel:
         """The weights for images (B, 3, H, W), for several calls of :meth:`PixelAdaptiveKernel.refine`."""
@@ -266,7 +276,7 @@ class PixelAdaptiveRefinement(nn.Module):
     def forward(self, image: Tensor, masks: Tensor) -> Tensor:
         """Images (B, 3, H, W) and maps (B, C, h, w) -> (B, C, H, W)."""
         check_shape("masks", masks, (len(image), None, None, None), "(B, C, h, w) to match image")
-        return self.kernel(image).refine(masks, self.num_iter)
+        return self.kernel(image).refine(masks, self.num_iter, backend=self.backend)
 
     def extra_repr(self) -> str:
         """Show the options."""
@@ -349,7 +359,8 @@ def _moved(padded: Tensor, offset: Offset, like: Tensor) -> Tensor:
     return padded.narrow(-2, reach + offset[0], height).narrow(-1, reach + offset[1], width)
 
 
-def _average(maps: Tensor, weights: Tensor, offsets: tuple[Offset, ...], in_place: bool) -> Tensor:
+def _average(maps: Tensor, weights: Tensor, offsets: tuple[Offset, ...]) -> Tensor:
+    in_place = not (torch.is_grad_enabled() and (maps.requires_grad or weights.requires_grad))
     padded, total = _pad(maps, offsets), torch.zeros_like(maps)
     for p, offset in enumerate(offsets):
         weight, neighbour = weights[:, p : p + 1], _moved(padded, offset, maps)

@@ -14,9 +14,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from wsss_modules._checks import check_floating, check_ndim, check_shape
+from wsss_modules.kernels.backend import Backend, runs_triton
 
 
-def pixel_correlation(maps: Tensor, keys: Tensor, *, eps: float = 1e-5, chunk: int = 256) -> Tensor:
+def pixel_correlation(
+    maps: Tensor, keys: Tensor, *, eps: float = 1e-5, chunk: int = 256, backend: Backend = "auto"
+) -> Tensor:
     r"""Average the maps over all pixels of the image, weighted by how alike two pixels are.
 
     .. math::
@@ -30,6 +33,7 @@ def pixel_correlation(maps: Tensor, keys: Tensor, *, eps: float = 1e-5, chunk: i
         keys: (B, E, H, W) floating point, on the same grid.
         eps: Added to the lengths of the keys and to the sums of the weights.
         chunk: Pixels whose weights are held at once. It changes time and memory, and the result by rounding only.
+        backend: ``"torch"``, ``"triton"`` (up to 32 bits), or ``"auto"``: Triton on a GPU.
 
     Returns:
         (B, C, H, W) in the dtype of ``maps``, between the extremes of ``maps`` and 0; zeros where a key is zero.
@@ -45,8 +49,9 @@ def pixel_correlation(maps: Tensor, keys: Tensor, *, eps: float = 1e-5, chunk: i
     Notes:
         Gradients reach both inputs. Numerators and sums of weights come from one product, over blocks of the symmetric
         matrix of weights, of which one half is computed; backward computes them again. Memory O(B N chunk) in place of
-        several N x N matrices an image, and half of the products. Computed in float32 for half precision, also under
-        autocast. No second derivative. Compiles with ``fullgraph=True``; the loop over chunks is unrolled.
+        several N x N matrices an image, and half of the products. The Triton kernels keep nothing of the matrix
+        (:mod:`wsss_modules.kernels.relu_correlation`). Computed in float32 for half precision, also under autocast. No
+        second derivative. Compiles with ``fullgraph=True``; the loop over chunks is unrolled.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -65,7 +70,13 @@ def pixel_correlation(maps: Tensor, keys: Tensor, *, eps: float = 1e-5, chunk: i
         k = rearrange(keys.to(dtype), "b e h w -> b e (h w)")
         k = k / (_length(k) + eps)
         x = rearrange(maps.to(dtype), "b c h w -> b c (h w)")
-        y = _RelatedMean.apply(x, k, eps, chunk)  # (B, C, N)
+        if runs_triton(backend, x, k) and not (backend == "auto" and dtype == torch.float64):
+            from wsss_modules.kernels.relu_correlation import relu_correlation
+
+            sums, totals = relu_correlation(x, k)
+            y = sums / (totals[:, None] + eps)  # (B, C, N)
+        else:
+            y = _RelatedMean.apply(x, k, eps, chunk)
     return y.unflatten(2, maps.shape[2:]).to(maps.dtype)
 
 
@@ -77,6 +88,7 @@ class PixelCorrelationModule(nn.Module):
         embed: E, channels of the keys.
         eps: see :func:`pixel_correlation`.
         chunk: see :func:`pixel_correlation`.
+        backend: see :func:`pixel_correlation`.
 
     Shapes:
         cam (B, C, h, w), features (B, D, H, W) -> (B, C, H, W). A cam of another size is resized first, bilinearly with
@@ -98,9 +110,18 @@ class PixelCorrelationModule(nn.Module):
         torch.Size([2, 3, 5, 6])
     """
 
-    def __init__(self, in_channels: int, embed: int = 192, *, eps: float = 1e-5, chunk: int = 256) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        embed: int = 192,
+        *,
+        eps: float = 1e-5,
+        chunk: int = 256,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
         self.eps, self.chunk = eps, chunk
+        self.backend: Backend = backend
         self.embed = nn.Conv2d(in_channels, embed, 1, bias=False)
         nn.init.xavier_uniform_(self.embed.weight, gain=4)
 
@@ -110,7 +131,7 @@ class PixelCorrelationModule(nn.Module):
         check_ndim("cam", cam, 4, "(B, C, H, W)")
         if cam.shape[2:] != features.shape[2:]:
             cam = F.interpolate(cam, features.shape[2:], mode="bilinear", align_corners=True)
-        return pixel_correlation(cam, self.embed(features), eps=self.eps, chunk=self.chunk)
+        return pixel_correlation(cam, self.embed(features), eps=self.eps, chunk=self.chunk, backend=self.backend)
 
     def extra_repr(self) -> str:
         """Show the options."""
