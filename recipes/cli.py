@@ -1,4 +1,4 @@
-"""The commands behind ``python -m recipes``: list, run, evaluate, compare, copy.
+"""The commands behind ``python -m recipes``: list, run, evaluate, compare, predict, copy.
 
 A recipe is any module of this package with ``Config``, ``PRESETS`` and ``main``; nothing is registered. A copy of one
 is a command of its own with the same flags, because both end in :func:`run_recipe`. What needs torch is imported by
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run": run,
         "evaluate": evaluate,
         "compare": compare,
+        "predict": predict,
         "copy": copy,
     }
     with _told_plainly(["python", "-m", "recipes", *argv]):
@@ -217,6 +218,40 @@ def compare(runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.ar
     console.print(comparison_table(found))
     for difference in protocol_differences(found):
         console.print(f"[yellow]not comparable:[/] {escape(difference)}", highlight=False)
+
+
+def predict(
+    run: tyro.conf.Positional[Path],
+    photos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTO...")],
+    out: Path | None = None,
+    crf: bool | None = None,
+    device: str = "cpu",
+) -> None:
+    """Segment photographs with the network that a run has trained; write masks and overlays.
+
+    Args:
+        run: a finished run directory, or the folder model/ of one.
+        photos: photographs, or folders of them.
+        out: folder for NAME.png and NAME_overlay.jpg; predictions/ in the run's by default.
+        crf: refine by a dense CRF; as the run tested its network by default.
+        device: cpu, cuda or another of torch's.
+    """
+    from recipes.pipeline.predict import find_photos
+    from recipes.pipeline.predict import predict as predictions
+    from recipes.pipeline.pretrained import from_pretrained
+
+    if not photos:
+        raise ValueError("photos: expected at least one photograph or folder, got none")
+    found = find_photos(photos)
+    trained = from_pretrained(run / "model" if (run / "model").is_dir() else run)
+    folder, console, unread = out or run / "predictions", _console(), []
+    for done in predictions(trained, found, folder, crf=crf, device=device, complain=unread.append):
+        told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in done.shares.items()) or "background only"
+        console.print(f"{escape(str(done.photo))}: {escape(told)}", soft_wrap=True, highlight=False)
+    if len(unread) < len(found):
+        console.print(f"masks and overlays: {escape(str(folder))}", soft_wrap=True, highlight=False)
+    if unread:
+        raise ValueError("photos: " + "; ".join(unread))
 
 
 def copy(name: Name, file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]) -> None:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
-import segmentation_models_pytorch as smp
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.pipeline.labels import measure_masks, read_mask
-from recipes.pipeline.models import Features, build_trunk, freeze_stages, keep_statistics, load_weights
+from recipes.pipeline.pretrained import save_pretrained
 from recipes.pipeline.run import Run, save_mask
+from recipes.pipeline.segmenter import SegmentConfig, Segmenter
 from recipes.pipeline.training import (
     IGNORE,
     MaskedCrops,
     Moment,
     RandomScale,
-    Schedule,
     crop_transform,
     fit,
     two_speed_groups,
@@ -29,102 +27,16 @@ from recipes.pipeline.views import image_tensor, views
 from wsss_modules import DEEPLAB_CRF, DenseCRF, unary_from_scores
 
 
-@dataclass(frozen=True)
-class SegmentConfig:
-    """The segmentation network, its training and its test."""
-
-    architecture: str = "deeplabv3plus"
-    """deeplabv3plus, deeplabv2 or largefov."""
-    encoder: str = "tf_efficientnet_lite0"
-    """timm backbone (deeplabv2 and largefov: also resnet38)."""
-    weights: str = "imagenet"
-    """imagenet, random or a file."""
-    output_stride: int = 16
-    """Pixels per cell of the encoder's last map."""
-    frozen_stages: int = 0
-    """Stem and stages that keep their pretrained weights."""
-    scale: tuple[float, float] = (0.5, 1.5)
-    """Range of the random resizing."""
-    crop: int = 256
-    """Side of the training crops in pixels."""
-    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=5, batch_size=16, lr=0.01, head_lr=0.1))
-    """Training schedule."""
-    test_scales: tuple[float, ...] = (0.75, 1.0, 1.25)
-    """Sizes averaged at test time, each with its mirror image."""
-    crf: bool = False
-    """Also refine the probabilities with a dense CRF."""
-
-
-DEEPLAB_RATES = {"deeplabv2": (6, 12, 18, 24), "largefov": (12,)}
-
-
-class DeepLabHead(nn.Module):
-    """Sum of parallel dilated 3 x 3 convolutions (DeepLabV2's ASPP); one of rate 12 is DeepLab-LargeFOV.
-
-    Paper: Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous Convolution, and
-    Fully Connected CRFs", TPAMI 2018, arXiv:1606.00915.
-    """
-
-    def __init__(self, in_channels: int, num_classes: int, rates: Sequence[int]) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(
-            nn.Conv2d(in_channels, num_classes, 3, padding=rate, dilation=rate) for rate in rates
-        )
-        for branch in self.branches:
-            nn.init.normal_(branch.weight, std=0.01)
-            nn.init.zeros_(branch.bias)
-
-    def forward(self, features: Features) -> Tensor:
-        return sum(branch(features.final) for branch in self.branches)
-
-
-class Segmenter(nn.Module):
-    """Images (B, 3, H, W) to logits (B, 1 + K, h, w), with a backbone whose batch norm keeps its stored statistics.
-
-    ``head_modules`` are the layers without pretrained weights; ``mean`` and ``std`` normalise images in [0, 1].
-    """
-
-    def __init__(self, config: SegmentConfig, num_classes: int) -> None:
-        super().__init__()
-        self.encoder: nn.Module
-        if config.architecture == "deeplabv3plus":
-            self.net = smp.DeepLabV3Plus(
-                f"tu-{config.encoder}",
-                encoder_weights=None,
-                encoder_output_stride=config.output_stride,
-                classes=num_classes,
-            )
-            self.encoder = self.net.encoder
-            body = self.encoder.model
-            load_weights(body, config.encoder, config.weights)
-            freeze_stages(body, config.frozen_stages)
-            self.head_modules = [self.net.decoder, self.net.segmentation_head]
-            pretrained = timm.get_pretrained_cfg(config.encoder)
-            self.mean, self.std = pretrained.mean, pretrained.std
-        elif config.architecture in DEEPLAB_RATES:
-            self.encoder = build_trunk(config.encoder, config.weights, config.output_stride)
-            freeze_stages(self.encoder.body, config.frozen_stages)
-            head = DeepLabHead(self.encoder.out_channels, num_classes, DEEPLAB_RATES[config.architecture])
-            self.net = nn.Sequential(self.encoder, head)
-            self.head_modules = [head]
-            self.mean, self.std = self.encoder.mean, self.encoder.std
-        else:
-            raise ValueError(
-                f"architecture: expected deeplabv3plus, {', '.join(DEEPLAB_RATES)}, got {config.architecture!r}"
-            )
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
-
-    def train(self, mode: bool = True) -> Segmenter:
-        super().train(mode)
-        keep_statistics(self.encoder)
-        return self
-
-
 def segmentation_from_masks(run: Run, folder: str, config: SegmentConfig) -> None:
-    """Train on the masks in ``folder``; segment and measure the val images, or without any the training images."""
+    """Train on the masks in ``folder``; segment and measure the val images, or without any the training images.
+
+    The network is kept in ``model/``, for :func:`recipes.pipeline.pretrained.from_pretrained`.
+    """
     network = train_segmentation(run, lambda name: read_mask(run, name, folder), config)
+    if run.fabric.global_rank == 0:
+        save_pretrained(
+            run.folder / "model", network, config, run.dataset.classes, run.dataset.palette_index, recipe=run.recipe
+        )
     segment(run, network, run.val or run.train, config)
     measure_masks(run, "segmentation", "segmentation")
     if config.crf:

@@ -101,16 +101,8 @@ class ImageSet:
             raise KeyError(f"{self.name} has no image {name!r}{did_you_mean(name, self.files)}") from None
 
     def image(self, name: str) -> Image.Image:
-        """The photograph, RGB, upright: its EXIF orientation is applied."""
-        path = self.path(name)
-        try:
-            with Image.open(path) as stored:
-                turn = _UPRIGHT.get(_orientation(stored))
-                # Pillow warns about palettes with transparency unless they pass through RGBA
-                image = (stored.convert("RGBA") if "transparency" in stored.info else stored).convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read as a photograph ({error}); is the file complete?") from error
-        return image if turn is None else image.transpose(turn)
+        """The photograph, see `read_photo`."""
+        return read_photo(self.path(name))
 
     def size(self, name: str) -> tuple[int, int]:
         """(H, W) of `image(name)`, read from the header only."""
@@ -267,6 +259,22 @@ def read_objects(path: str) -> list[tuple[str, tuple[float, float, float, float]
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"{path}: not a VOC annotation ({error})") from error
     return objects
+
+
+def read_photo(path: str | Path) -> Image.Image:
+    """A photograph as 8-bit RGB, upright: its EXIF orientation is applied."""
+    try:
+        with Image.open(path) as stored:
+            turn = _UPRIGHT.get(_orientation(stored))
+            if stored.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+                image = Image.fromarray((np.asarray(stored).clip(0, 65535) / 257).round().astype(np.uint8)).convert(
+                    "RGB"
+                )
+            else:  # Pillow warns about palettes with transparency unless they pass through RGBA
+                image = (stored.convert("RGBA") if "transparency" in stored.info else stored).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as a photograph ({error}); is the file complete?") from error
+    return image if turn is None else image.transpose(turn)
 
 
 def voc_palette(colors: int = 256) -> np.ndarray:

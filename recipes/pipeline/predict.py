@@ -1,0 +1,95 @@
+"""Masks of any photographs by a trained segmentation network, and pictures of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from recipes.pipeline.data.image_set import PHOTO_SUFFIXES, read_photo
+from recipes.pipeline.pictures import class_colours, mask_overlay
+from recipes.pipeline.pretrained import Pretrained
+from recipes.pipeline.run import replacing, save_mask
+from recipes.pipeline.segmentation import segmentation_probabilities
+from recipes.pipeline.views import image_tensor
+from wsss_modules import DEEPLAB_CRF, dense_crf, unary_from_scores
+
+
+class Prediction(NamedTuple):
+    """What was written for a photograph, and the share of its pixels that each class found in it covers."""
+
+    photo: Path
+    mask: Path
+    overlay: Path
+    shares: dict[str, float]
+
+
+def find_photos(paths: Sequence[Path]) -> dict[str, Path]:
+    """The photographs among ``paths`` and directly in the folders among them, by the name of their masks.
+
+    Raises:
+        FileNotFoundError: a path that is not there, or a folder without photographs.
+        ValueError: two photographs whose masks would have one name, or a file of another kind.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"photos: there is no {path}")
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
+            if not inside:
+                raise FileNotFoundError(f"photos: no photograph ({', '.join(PHOTO_SUFFIXES)}) in {path}")
+        for photo in inside:
+            if photo.suffix.lower() not in PHOTO_SUFFIXES:
+                raise ValueError(f"photos: expected {', '.join(PHOTO_SUFFIXES)}, got {photo}")
+            other = found.setdefault(photo.stem, photo)
+            if other != photo:
+                raise ValueError(f"photos: {other} and {photo} would both be {photo.stem}.png; predict them apart")
+    return found
+
+
+def predict(
+    trained: Pretrained,
+    photos: dict[str, Path],
+    out: Path,
+    *,
+    crf: bool | None = None,
+    device: str | torch.device = "cpu",
+    complain: Callable[[str], None],
+) -> Iterator[Prediction]:
+    """Write ``NAME.png``, the mask, and ``NAME_overlay.jpg`` for each photograph, one after the other.
+
+    Args:
+        trained: the network.
+        photos: by name, see :func:`find_photos`.
+        out: folder that is written to.
+        crf: refine by a dense CRF; as the network was tested by default.
+        device: where the network runs.
+        complain: told of each photograph that can't be read; it is left out.
+    """
+    network = trained.network.to(device, memory_format=torch.channels_last)
+    refine = trained.config.crf if crf is None else crf
+    colours = class_colours(len(trained.classes))
+    for name, photo in photos.items():
+        try:
+            picture = read_photo(photo)
+        except ValueError as error:
+            complain(str(error))
+            continue
+        image = image_tensor(picture).to(device)
+        with torch.no_grad():
+            scores = segmentation_probabilities(network, image, trained.config.test_scales)
+            if refine:
+                scores = dense_crf(image[None], unary_from_scores(scores[None]), DEEPLAB_CRF)[0]
+        mask = scores.argmax(0).byte().cpu().numpy()
+        files = out / f"{name}.png", out / f"{name}_overlay.jpg"
+        save_mask(files[0], mask, trained.palette_index)
+        with replacing(files[1]) as file:
+            Image.fromarray(mask_overlay(np.asarray(picture), mask, colours)).save(file, format="JPEG", quality=90)
+        share = np.bincount(mask.ravel(), minlength=1 + len(trained.classes)) / mask.size
+        yield Prediction(photo, *files, {c: s for c, s in zip(trained.classes, share[1:], strict=True) if s > 0})

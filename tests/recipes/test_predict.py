@@ -1,0 +1,125 @@
+"""A trained segmentation network travels as a folder and segments photographs of any kind."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from recipes.cli import main
+from recipes.pipeline.pretrained import from_pretrained, save_pretrained
+from recipes.pipeline.segmenter import SegmentConfig, Segmenter
+
+CONFIG = SegmentConfig(weights="random", test_scales=(1.0,), crop=64)
+CLASSES, PALETTE = ("cat", "café"), (0, 8, 20)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a network whose last layer sees a cat everywhere."""
+    torch.manual_seed(0)
+    network = Segmenter(CONFIG, 3)
+    torch.nn.init.zeros_(network.net.segmentation_head[0].weight)
+    with torch.no_grad():
+        network.net.segmentation_head[0].bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    folder = tmp_path_factory.mktemp("run")
+    save_pretrained(folder / "model", network, CONFIG, CLASSES, PALETTE, recipe="cam")
+    return folder
+
+
+def photograph(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30), **options: object) -> Path:
+    values = np.arange(size[0] * size[1]).reshape(size[1], size[0])
+    picture = Image.fromarray((values * 50 % 65536).astype(np.uint16) if mode == "I;16" else values.astype(np.uint8))
+    (picture if mode == "I;16" else picture.convert(mode)).save(path, **options)
+    return path
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def test_the_network_comes_back_as_it_was(tmp_path: Path) -> None:
+    network = Segmenter(CONFIG, 3).eval()
+    save_pretrained(tmp_path, network, CONFIG, CLASSES, PALETTE, recipe="cam")
+    found = from_pretrained(tmp_path)
+    images = torch.rand(1, 3, 32, 48)
+    with torch.no_grad():
+        assert torch.equal(found.network(images), network(images))
+    assert (found.classes, found.palette_index, found.config.test_scales) == (CLASSES, PALETTE, (1.0,))
+    assert json.loads((tmp_path / "config.json").read_text())["recipe"] == "cam"
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [
+        ("plain.jpg", "RGB", {}),
+        ("grey.png", "L", {}),
+        ("sixteen bits.png", "I;16", {}),
+        ("print.jpg", "CMYK", {}),
+        ("clear.png", "RGBA", {}),
+        ("köln.webp", "RGB", {}),
+        ("small.bmp", "RGB", {"size": (1, 1)}),
+    ],
+)
+def test_photographs_of_any_kind_get_mask_and_overlay(
+    name: str, mode: str, options: dict, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = photograph(tmp_path / name, mode, **options)
+    assert main(["predict", str(run), str(photo), "--out", str(tmp_path / "out")]) == 0
+    with Image.open(tmp_path / "out" / f"{photo.stem}.png") as picture:
+        mask = np.asarray(picture)
+    size = options.get("size", (40, 30))
+    assert mask.shape == size[::-1]
+    assert (mask == 8).all()  # a cat, in the palette's index
+    assert size_of(tmp_path / "out" / f"{photo.stem}_overlay.jpg") == size
+    assert "cat 100 %" in capsys.readouterr().out
+
+
+def test_a_turned_photograph_is_segmented_upright(run: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = photograph(tmp_path / "turned.jpg", exif=exif)
+    main(["predict", str(run), str(photo)])
+    assert size_of(run / "predictions" / "turned.png") == (30, 40)
+
+
+def test_a_damaged_photograph_is_told_and_the_others_are_done(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photograph(tmp_path / "good.jpg")
+    (tmp_path / "bad.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:200])
+    with pytest.raises(SystemExit):
+        main(["predict", str(run), str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "bad.jpg: cannot be read as a photograph" in capsys.readouterr().err.replace("\n", "")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.png", "good_overlay.jpg"]
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", *arguments])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.replace("\n", "")
+
+
+def test_wrong_input_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = str(photograph(tmp_path / "a.jpg"))
+    photograph(tmp_path / "a.png")
+    assert "expected config.json and model.safetensors" in fails([str(tmp_path), photo], capsys)
+    assert "would both be a.png; predict them apart" in fails([str(run), str(tmp_path)], capsys)
+    assert f"photos: there is no {tmp_path / 'b.jpg'}" in fails([str(run), str(tmp_path / "b.jpg")], capsys)
+    assert "photos: expected at least one photograph" in fails([str(run)], capsys)
+    assert "photos: expected .jpg" in fails([str(run), str(run / "model" / "config.json")], capsys)
+
+
+def test_a_damaged_network_is_told(run: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((run / "model" / name).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((run / "model" / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not the weights of this network"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json: not the configuration of a network of this version"):
+        from_pretrained(tmp_path)
