@@ -11,9 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from wsss_modules._checks import check_floating, check_ndim, check_shape
+from wsss_modules.refinement._sides import resized
 
 
 def pixel_correlation(maps: Tensor, keys: Tensor, *, eps: float = 1e-5, chunk: int = 256) -> Tensor:
@@ -108,8 +108,7 @@ class PixelCorrelationModule(nn.Module):
         """Refine the maps, see the class."""
         check_shape("features", features, (None, self.embed.in_channels, None, None), "for this module")
         check_ndim("cam", cam, 4, "(B, C, H, W)")
-        if cam.shape[2:] != features.shape[2:]:
-            cam = F.interpolate(cam, features.shape[2:], mode="bilinear", align_corners=True)
+        cam = resized(cam, features.shape[2:])
         return pixel_correlation(cam, self.embed(features), eps=self.eps, chunk=self.chunk)
 
     def extra_repr(self) -> str:
