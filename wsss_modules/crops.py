@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from wsss_modules._checks import check_floating, check_integer, check_ndim, check_shape
 from wsss_modules._precision import at_least_float32
-from wsss_modules.cam import normalize_cam
 from wsss_modules.saliency import saliency_on_grid
 
 __all__ = ["corner_and_random_boxes", "crop_align", "cut_crops", "local_attention_target", "random_boxes"]
@@ -280,7 +279,7 @@ def local_attention_target(
 
     Raises:
         TypeError: ``scores`` or ``saliency`` is not floating point.
-        ValueError: a wrong shape, or an unknown option.
+        ValueError: a wrong shape, a negative ``threshold``, or an unknown option.
 
     Paper:
         Jiang et al., L2G, CVPR 2022: attention transfer and shape transfer.
@@ -290,7 +289,8 @@ def local_attention_target(
         against the background. Its variant without saliency does not run.
 
     Notes:
-        A maximum and a scatter in place of a sort of all channels and a one-hot matrix. Maps are normalised over the
+        A maximum and a scatter in place of a sort of all channels and a one-hot matrix, and on a CPU only the maps of
+        present classes are read. Maps are normalised over the
         crop, so that a class that the image has but the crop has not is stretched to 1 as well. Half precision is
         computed in float32. Compiles with ``fullgraph=True``.
 
@@ -311,30 +311,50 @@ def local_attention_target(
         raise ValueError(f'background: expected "binary" or "value", got {background!r}')
     if empty_saliency not in ("zero", "attention"):
         raise ValueError(f'empty_saliency: expected "zero" or "attention", got {empty_saliency!r}')
-    attention = normalize_cam(F.relu(at_least_float32(scores)), eps)
-    nothing = attention[:, :1]
-    present = torch.where((labels > 0)[:, :, None, None], attention[:, 1:], 0.0)
-    best, index, wins = _winner(nothing, present)
+    if threshold < 0:
+        raise ValueError(f"threshold: expected at least 0, got {threshold}")
+    if 0 in scores.shape:
+        return torch.zeros_like(scores)
+    nothing, best, index = _winner(at_least_float32(scores), labels > 0, eps)
+    wins = best >= nothing
     if saliency is None:
         of_class, of_background = best, nothing
     else:
-        s = saliency_on_grid(saliency, scores).to(attention.dtype)
+        s = saliency_on_grid(saliency, scores).to(best.dtype)
         of_class = torch.where(best > threshold, s, 0.0)
         if empty_saliency == "attention":
             empty = (saliency == 0).flatten(1).all(1)[:, None, None, None]
             of_class = torch.where(empty, best, of_class)
         hot = nothing if background == "value" else (nothing > threshold).to(s.dtype)
         of_background = hot * (1 - s)
-    target = torch.zeros_like(attention)
-    target[:, :1] = torch.where(wins, 0.0, of_background)
-    target[:, 1:].scatter_(1, index, torch.where(wins, of_class, 0.0))
+    target = torch.zeros(scores.shape, dtype=best.dtype, device=scores.device)
+    target.scatter_(1, torch.where(wins, index, 0), torch.where(wins, of_class, of_background))
     return target.to(scores.dtype)
 
 
-def _winner(background: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best class of each pixel, its place among the classes, and whether it beats the background: (n, 1, h, w)."""
+def _winner(scores: Tensor, present: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each pixel the background's attention, that of the best present class, and its channel: (n, 1, h, w) each."""
+    nothing = F.relu(_stretched(scores[:, :1], None, eps))
+    places: Tensor | None = None
+    if not scores.is_cuda and not torch.compiler.is_compiling():
+        # only present classes are read, as many as the image with most of them has; elsewhere that number is a wait
+        order = present.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
+        places = 1 + order[:, : max(1, int(present.sum(1).max()))]  # (n, M), ascending for each image
+        image = torch.arange(len(places), device=places.device)[:, None]
+        classes = _stretched(scores[image, places], present[image, places - 1], eps)
+    else:
+        classes = _stretched(scores[:, 1:], present, eps)
     best, index = classes.max(1, keepdim=True)
-    return best, index, best >= background
+    if places is None:
+        return nothing, F.relu(best), 1 + index
+    return nothing, F.relu(best), places[:, :, None, None].expand(-1, -1, *index.shape[2:]).gather(1, index)
+
+
+def _stretched(maps: Tensor, counted: Tensor | None, eps: float) -> Tensor:
+    """Maps divided by their largest positive value, 0 for those not counted. What is negative stays negative or 0."""
+    peak = F.relu(maps.amax((2, 3), keepdim=True)) + eps
+    usable = peak > 0 if counted is None else (peak > 0) & counted[:, :, None, None]
+    return maps / torch.where(usable, peak, torch.inf)
 
 
 def _check_numbers(number: int, images: int) -> None:

@@ -5,8 +5,9 @@ python -m tests.benchmarks.bench_l2g [--grid 28] [--features 4096] [--classes 20
 
 ``correlation`` is that of one image: classify and then propagate, against propagate and then classify with the N x N
 matrix; forward, and forward and backward with gradients of features, classifier and keys. ``winner`` is the target of a
-batch of crops, against a sort of all channels and a one-hot matrix of the pixels, from maps that are normalised
-already; ``target`` is the same with the normalisation. ``reading`` compares `crop_align` with torchvision's kernel
+batch of crops without saliency, normalisation included, against a sort of all channels and a one-hot matrix of the
+pixels, from maps that are normalised already; ``target`` is that with saliency, normalisation on both sides.
+``reading`` compares `crop_align` with torchvision's kernel
 where that is installed. Values, and gradients where there are some, are compared first; nothing is reported if they
 differ.
 """
@@ -24,7 +25,6 @@ from tests.benchmarks.bench_ppc import compare, with_gradients, without
 from tests.benchmarks.harness import Timing, report
 from tests.modules import reference_l2g
 from wsss_modules import corner_and_random_boxes, crop_align, local_attention_target, pixel_correlation
-from wsss_modules.crops import _winner
 
 
 def correlation(grid: int, channels: int, classes: int, repeat: int, device: str) -> list[Timing]:
@@ -58,18 +58,13 @@ def targets(crops: int, classes: int, cells: int, repeat: int, device: str) -> l
     labels[::2, -1] = 1  # 1.5 classes an image, as on VOC
     saliency = torch.rand(crops, 1, cells, cells, device=device)
     maps = reference_l2g.attention(scores, labels)
-
-    def winner() -> Tensor:
-        best, index, wins = _winner(maps[:, :1], maps[:, 1:])
-        out = torch.zeros_like(maps)
-        out[:, :1] = torch.where(wins, 0.0, maps[:, :1])
-        out[:, 1:].scatter_(1, index, torch.where(wins, best, 0.0))
-        return out
-
     shape = f"n{crops}-C{1 + classes}-{cells}x{cells}"
     rows = compare(
         f"winner-{shape}",
-        {"ours": without(winner), "released": without(lambda: reference_l2g.winner_by_sort(maps))},
+        {
+            "ours": without(lambda: local_attention_target(scores, labels)),
+            "released, of normalised maps": without(lambda: reference_l2g.winner_by_sort(maps)),
+        },
         repeat,
         device,
     )

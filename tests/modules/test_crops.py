@@ -325,6 +325,11 @@ MAPS, BOXES, LABELS = torch.rand(2, 3, 4, 5), torch.tensor([[0, 0, 0, 8, 8], [1,
             r"saliency: expected shape \(2, 1, \*, \*\) to match the class maps, got",
         ),
         (
+            lambda: local_attention_target(MAPS, LABELS, threshold=-1),
+            ValueError,
+            "threshold: expected at least 0, got -1",
+        ),
+        (
             lambda: local_attention_target(MAPS, LABELS, background="soft"),
             ValueError,
             r'background: expected "binary" or "value", got \'soft\'',
