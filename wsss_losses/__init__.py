@@ -51,6 +51,13 @@ from wsss_losses.irn import (
     displacement_loss,
     inter_pixel_relation_loss,
 )
+from wsss_losses.l2g import (
+    L2GLoss,
+    L2GTerms,
+    LocalToGlobalTransferLoss,
+    l2g_loss,
+    local_to_global_transfer_loss,
+)
 from wsss_losses.mctformer import (
     ClassTokenContrastiveLoss,
     MCTformerLoss,
@@ -159,6 +166,9 @@ __all__ = [
     "GeneralSpecificConsistencyLoss",
     "InterPixelRelationLoss",
     "InterPixelRelationTerms",
+    "L2GLoss",
+    "L2GTerms",
+    "LocalToGlobalTransferLoss",
     "MCTformerLoss",
     "MCTformerTerms",
     "MultiLabelSoftMarginLoss",
@@ -204,6 +214,8 @@ __all__ = [
     "foreground_ratio_kl_loss",
     "general_specific_consistency_loss",
     "inter_pixel_relation_loss",
+    "l2g_loss",
+    "local_to_global_transfer_loss",
     "mctformer_loss",
     "multi_label_soft_margin_loss",
     "ood_metric_loss",

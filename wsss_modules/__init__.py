@@ -86,6 +86,13 @@ from wsss_modules.climbing import (
     gradient_climb,
     top_logit_gradient,
 )
+from wsss_modules.crops import (
+    corner_and_random_boxes,
+    crop_align,
+    cut_crops,
+    local_attention_target,
+    random_boxes,
+)
 from wsss_modules.dense_crf import (
     DEEPLAB_CRF,
     IRN_CRF,
@@ -213,6 +220,8 @@ from wsss_modules.reactivation import (
 from wsss_modules.refinement import (
     PixelAdaptiveKernel,
     PixelAdaptiveRefinement,
+    PixelCorrelationCAMHead,
+    PixelCorrelationCAMOutput,
     PixelCorrelationModule,
     SEAMHead,
     SEAMOutput,
@@ -338,6 +347,8 @@ __all__ = [
     "PermutohedralLattice",
     "PixelAdaptiveKernel",
     "PixelAdaptiveRefinement",
+    "PixelCorrelationCAMHead",
+    "PixelCorrelationCAMOutput",
     "PixelCorrelationModule",
     "Polarity",
     "PreNormTransformerBlock",
@@ -390,7 +401,10 @@ __all__ = [
     "confident_label_from_cam",
     "confident_label_from_scores",
     "connected_components",
+    "corner_and_random_boxes",
     "crf_kernels",
+    "crop_align",
+    "cut_crops",
     "denormalize_images",
     "dense_crf",
     "detect_instances",
@@ -419,6 +433,7 @@ __all__ = [
     "kmeans",
     "kmeans_prototypes",
     "labels_to_affinity",
+    "local_attention_target",
     "local_window_mask",
     "map_to_tokens",
     "mean_field",
@@ -449,6 +464,7 @@ __all__ = [
     "propagate_to_edge",
     "prototype_cam",
     "query_key",
+    "random_boxes",
     "random_walk",
     "rank_in_class",
     "rank_threshold",

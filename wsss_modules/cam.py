@@ -253,9 +253,10 @@ def multi_scale_cam(
     mirrored: Sequence[bool] | None = None,
     stride: int = 1,
     round_to: int | None = None,
-    relu: bool = False,
+    relu: bool | Literal["sum"] = False,
     eps: float = 1e-5,
     subtract_min: bool = False,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> PresentCAM:
     """Sum the maps of one image at several scales, up-sampled to a common grid, and normalise each class.
 
@@ -265,6 +266,7 @@ def multi_scale_cam(
     IRN: ``multi_scale_cam(maps, labels, size, stride=4, round_to=16)`` gives ``cam`` at stride 4, for the random walk,
     and ``high_res`` at image size, for labels; its maps were merged with `merge_flip` before.
     OC-CSE and AEFT: as PSA, of maps that may be negative, with ``relu=True``.
+    L2G: as PSA, with ``relu="sum", interpolation="bicubic", eps=1e-8``.
 
     Args:
         maps: One (B, K, h_i, w_i) tensor per scale (and flip), at least 0 unless ``relu``.
@@ -274,22 +276,24 @@ def multi_scale_cam(
         stride: ``cam`` lies on a grid of ceil(H / stride) by ceil(W / stride).
         round_to: Also give ``high_res``: up-sampled to the next multiple of ``round_to``, which keeps the cells aligned
             with a network of that stride, then cut to ``size``. Its maximum is taken after the cut.
-        relu: Apply ReLU to each map between the up-sampling and the sum.
+        relu: Apply ReLU to each map between the up-sampling and the sum, or, with "sum", to their sum.
         eps: See `normalize_cam`.
         subtract_min: See `normalize_cam`.
+        interpolation: "bilinear" or "bicubic", whose overshoots stay in the sum unless ``relu``.
 
     Returns:
         `PresentCAM`: maps in [0, 1), (M, H, W) over all present (image, class) pairs.
 
     Raises:
-        ValueError: no map, or a wrong shape.
+        ValueError: no map, a wrong shape, or an unknown option.
 
     Paper:
         Ahn and Kwak, CVPR 2018, arXiv:1803.10464; Ahn, Cho and Kwak, Weakly Supervised Learning of Instance
         Segmentation with Inter-pixel Relations, CVPR 2019, arXiv:1904.05044.
 
     Notes:
-        Bilinear, half-pixel centres (``align_corners=False``). Breaks the graph, see `select_present`.
+        Half-pixel centres (``align_corners=False``). A mean would be the same but for ``eps``. Breaks the graph, see
+        `select_present`.
 
     Example:
         >>> labels = torch.tensor([[0, 1, 1]])
@@ -304,6 +308,10 @@ def multi_scale_cam(
     if len(flags) != len(maps):
         raise ValueError(f"mirrored: expected one flag for each of the {len(maps)} maps, got {len(flags)}")
     check_ndim("labels", labels, 2, "(B, K)")
+    if relu not in (False, True, "sum"):
+        raise ValueError(f'relu: expected True, False or "sum", got {relu!r}')
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f'interpolation: expected "bilinear" or "bicubic", got {interpolation!r}')
     if stride < 1 or (round_to is not None and round_to < 1):
         raise ValueError(f"stride, round_to: expected at least 1, got {stride} and {round_to}")
     image, index = _present(labels).nonzero(as_tuple=True)
@@ -316,10 +324,12 @@ def multi_scale_cam(
         check_floating(f"maps[{i}]", scale)
         present = at_least_float32(scale[image, index])  # (M, h, w)
         present = present.flip(-1) if flip else present
-        cam = _add(cam, _resize(present, grid, relu))
+        cam = _add(cam, _resize(present, grid, interpolation, relu is True))
         if fine is not None:
-            high = _add(high, _resize(present, fine, relu)[:, : size[0], : size[1]])
+            high = _add(high, _resize(present, fine, interpolation, relu is True)[:, : size[0], : size[1]])
     assert cam is not None  # for mypy: maps is not empty
+    if relu == "sum":
+        cam, high = F.relu(cam), None if high is None else F.relu(high)
     cam = normalize_cam(cam, eps, subtract_min=subtract_min).to(maps[0].dtype)
     if high is not None:
         high = normalize_cam(high, eps, subtract_min=subtract_min).to(maps[0].dtype)
@@ -472,8 +482,8 @@ def _round_up(n: int, multiple: int) -> int:
     return math.ceil(n / multiple) * multiple
 
 
-def _resize(maps: Tensor, size: tuple[int, int], relu: bool) -> Tensor:
-    resized = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+def _resize(maps: Tensor, size: tuple[int, int], interpolation: str, relu: bool) -> Tensor:
+    resized = F.interpolate(maps[:, None], size, mode=interpolation, align_corners=False)[:, 0]
     return F.relu(resized) if relu else resized
 
 

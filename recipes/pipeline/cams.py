@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -57,13 +57,14 @@ def write_cams(
     config: CamConfig,
     folder: str = "cam",
     *,
-    signed: bool = False,
+    signed: bool | Literal["sum"] = False,
     stretch: bool = False,
     whole_cells: bool = False,
 ) -> None:
     """Write the CAMs of the tagged classes of each image as IRN does: summed over views, divided by their maximum.
 
-    ``signed``: the model's maps may be negative; ReLU comes after the up-sampling of each view (OC-CSE, AEFT).
+    ``signed``: the model's maps may be negative; ReLU comes after the up-sampling of each view (OC-CSE, AEFT), or with
+    "sum" after that, bicubic, of all views (L2G).
     ``stretch``: maps go from 0 to 1 (MCTformer, PPC). ``whole_cells``: views have whole cells, for models that leave
     out what is left over at the border, such as a ViT; their maps cover the image.
     """
@@ -89,6 +90,7 @@ def write_cams(
             stride=4,
             round_to=1 if whole_cells else 16,
             relu=signed,
+            interpolation="bicubic" if signed == "sum" else "bilinear",
             eps=1e-8 if stretch else 1e-5,
             subtract_min=stretch,
         )

@@ -13,8 +13,10 @@ import wsss_losses as losses
 from wsss_modules import (
     AffinityLabels,
     affinity_labels,
+    corner_and_random_boxes,
     draw_region_mix_up,
     labels_to_affinity,
+    local_attention_target,
     merge_class_labels,
     sample_erase_class,
 )
@@ -320,6 +322,23 @@ def _sampled_classes(situation: str) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of two of three classes, labels, and which classes: another pair for each image."""
     labels = _image_labels(situation)
     return random(len(labels), 2, seed=16), labels, torch.tensor([[3, 1], [2, 3]])[: len(labels)]
+
+
+def _whole_and_crops(situation: str) -> tuple[Tensor, ...]:
+    """Maps of images, logits and maps of four crops each, labels, boxes and saliency, none where all is ignored."""
+    labels = _image_labels(situation)
+    cells, crop = (1, 1) if situation == "smallest" else (4, 3)
+    boxes = corner_and_random_boxes((8 * cells, 8 * cells), 8 * crop, 4, images=len(labels))
+    # seed 7: no two classes peak at the same cell, a tie that eps breaks in float64 and rounding in others
+    whole, local = random(len(labels), 4, cells, cells, seed=1), random(len(boxes), 4, crop, crop, seed=7)
+    local = -local.abs() if situation == "all_ignored" else local
+    saliency = torch.sigmoid(random(len(boxes), 1, 8 * crop, 8 * crop, seed=3)) * (situation != "all_ignored")
+    return whole, random(len(boxes), 3, seed=4), local, labels, boxes, saliency
+
+
+def _transfer(situation: str) -> tuple[Tensor, Tensor, Tensor]:
+    whole, _, local, labels, boxes, saliency = _whole_and_crops(situation)
+    return whole, local_attention_target(local, labels[boxes[:, 0]], saliency), boxes
 
 
 PAIR_OPTIONS = {"radius": 3}
@@ -639,5 +658,23 @@ CASES = (
         _sampled_classes,
         zero_in=(),  # the absence of all classes is learnt too
         varies=({"reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.local_to_global_transfer_loss,
+        losses.LocalToGlobalTransferLoss,
+        _transfer,
+        zero_in=(),  # a softmax never is the target
+        varies=({"weight": 30.0, "aligned": True, "reduction": "sum"}, {"stride": 16, "reduction": "none"}),
+    ),
+    LossCase(
+        losses.l2g_loss,
+        losses.L2GLoss,
+        _whole_and_crops,
+        predictions=2,
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=(
+            {"weight": 30.0, "threshold": 0.1, "background": "value", "aligned": True},
+            {"empty_saliency": "attention", "global_weight": 0.5},
+        ),
     ),
 )

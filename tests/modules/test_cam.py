@@ -169,6 +169,25 @@ def test_multi_scale_cam_applies_relu_between_the_up_sampling_and_the_sum() -> N
         assert bool((got >= 0).all())
 
 
+def test_multi_scale_cam_applies_relu_to_the_sum_of_bicubic_maps() -> None:
+    maps, labels, size = [2 * m - 1 for m in scale_maps()], torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0]]), (30, 37)
+    mirrored = [False, True, False, True]
+    options = {"relu": "sum", "interpolation": "bicubic"}
+    out = multi_scale_cam(maps, labels, size, mirrored=mirrored, stride=4, round_to=16, **options)
+    for got, grid, cut in ((out.cam, (8, 10), (8, 10)), (out.high_res, (32, 48), size)):
+        back = [m.flip(-1) if flip else m for m, flip in zip(maps, mirrored, strict=True)]
+        total = sum(F.interpolate(m, grid, mode="bicubic", align_corners=False)[..., : cut[0], : cut[1]] for m in back)
+        expected = total.clamp(min=0)
+        expected = expected / (expected.amax((2, 3), keepdim=True) + 1e-5)
+        torch.testing.assert_close(got, expected[out.image, out.keys - 1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "value"), [("relu", "each"), ("interpolation", "nearest")])
+def test_multi_scale_cam_names_an_unknown_option(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: expected .*, got '{value}'"):
+        multi_scale_cam(scale_maps(), torch.ones(2, 4), (16, 18), **{name: value})
+
+
 def test_multi_scale_cam_with_relu_of_maps_that_need_none_is_the_same() -> None:
     maps, labels = scale_maps(), torch.ones(2, 4)
     plain, rectified = (multi_scale_cam(maps, labels, (16, 18), relu=relu).cam for relu in (False, True))

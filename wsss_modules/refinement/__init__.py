@@ -1,5 +1,9 @@
 """Refinement of class maps by what the network or the image says about pairs of places."""
 
+from wsss_modules.refinement.correlated_cam import (
+    PixelCorrelationCAMHead,
+    PixelCorrelationCAMOutput,
+)
 from wsss_modules.refinement.patch_affinity import (
     refine_with_patch_affinity,
 )
@@ -30,6 +34,8 @@ from wsss_modules.refinement.two_thresholds import (
 __all__ = [
     "PixelAdaptiveKernel",
     "PixelAdaptiveRefinement",
+    "PixelCorrelationCAMHead",
+    "PixelCorrelationCAMOutput",
     "PixelCorrelationModule",
     "SEAMHead",
     "SEAMOutput",

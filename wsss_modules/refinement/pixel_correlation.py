@@ -11,10 +11,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from wsss_modules._checks import check_floating, check_ndim, check_shape
 from wsss_modules.kernels.backend import Backend, runs_triton
+from wsss_modules.refinement._sides import resized
 
 
 def pixel_correlation(
@@ -129,8 +129,7 @@ class PixelCorrelationModule(nn.Module):
         """Refine the maps, see the class."""
         check_shape("features", features, (None, self.embed.in_channels, None, None), "for this module")
         check_ndim("cam", cam, 4, "(B, C, H, W)")
-        if cam.shape[2:] != features.shape[2:]:
-            cam = F.interpolate(cam, features.shape[2:], mode="bilinear", align_corners=True)
+        cam = resized(cam, features.shape[2:])
         return pixel_correlation(cam, self.embed(features), eps=self.eps, chunk=self.chunk, backend=self.backend)
 
     def extra_repr(self) -> str:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wsss_modules._checks import check_floating, check_ndim, check_shape
+from wsss_modules._checks import check_floating, check_ndim
 from wsss_modules._precision import at_least_float32
+from wsss_modules.refinement._sides import check_sides, on_grid_of, side_layers
 from wsss_modules.refinement.pixel_correlation import PixelCorrelationModule
 
 
@@ -161,12 +162,7 @@ class SEAMHead(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(in_channels, 1 + num_classes, 1, bias=False)
         nn.init.xavier_uniform_(self.classifier.weight)
-        self.low, self.high = (
-            nn.Conv2d(channels, width, 1, bias=False)
-            for channels, width in zip(side_channels, side_widths, strict=True)
-        )
-        for side in (self.low, self.high):
-            nn.init.kaiming_normal_(side.weight)
+        self.low, self.high = side_layers(side_channels, side_widths)
         self.correlation = PixelCorrelationModule(3 + sum(side_widths), embed, eps=eps, chunk=chunk)
         self.projection: nn.Conv2d | None = None
         if proj_dim is not None:
@@ -175,15 +171,11 @@ class SEAMHead(nn.Module):
 
     def forward(self, features: Tensor, low: Tensor, high: Tensor, images: Tensor) -> SEAMOutput:
         """Map the classes, refine the maps and project the features, see the class."""
-        check_shape("features", features, (None, self.classifier.in_channels, None, None), "for this head")
-        batch, grid = len(features), features.shape[2:]
-        check_shape("low", low, (batch, self.low.in_channels, None, None), "for this head and features")
-        check_shape("high", high, (batch, self.high.in_channels, None, None), "for this head and features")
-        check_shape("images", images, (batch, 3, None, None), "to match features")
+        check_sides(features, low, high, images, (self.classifier, self.low, self.high))
         dropped = self.dropout(features)
         scores = self.classifier(dropped)
         sides = F.relu(self.low(low.detach())), F.relu(self.high(high.detach()))
-        keys = torch.cat([_to_grid(x, grid) for x in (images.to(features.dtype), *sides)], 1)
+        keys = on_grid_of(features, (images, *sides))
         refined = self.correlation(one_hot_scores(scores[:, 1:], self.eps), keys)
         projected = None if self.projection is None else F.relu(self.projection(dropped))
         return SEAMOutput(scores, refined, projected)
@@ -199,7 +191,3 @@ class SEAMHead(nn.Module):
     def extra_repr(self) -> str:
         """Show the options."""
         return f"eps={self.eps}"
-
-
-def _to_grid(x: Tensor, grid: torch.Size) -> Tensor:
-    return x if x.shape[2:] == grid else F.interpolate(x, grid, mode="bilinear", align_corners=True)
