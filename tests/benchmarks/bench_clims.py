@@ -51,6 +51,7 @@ class TextTower(nn.Module):
         self.words = nn.Embedding(256, width)
         self.body = Transformer(width, depth)
 
+    @torch.no_grad()
     def forward(self, texts: Sequence[str]) -> Tensor:
         codes = [list(text.encode()[:WORDS].ljust(WORDS, b" ")) for text in texts]
         return self.body(self.words(torch.tensor(codes)))
