@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["wsss[recipes,weights,sentences,clip]"]
+# dependencies = ["wsss[recipes,weights]"]
 # ///
 """CLIMS: Cross Language Image Matching for Weakly Supervised Semantic Segmentation (Xie, Hou, Ye, Shen, CVPR 2022).
 

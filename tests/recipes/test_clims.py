@@ -144,6 +144,10 @@ def test_sentence_encoder_finds_what_means_the_same() -> None:
     torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(encoder(texts, batch_size=1), features, rtol=1e-4, atol=1e-5)  # padding is not seen
     assert features[0] @ features[1] > features[0] @ features[2] + 0.2
+    happy = [f"That is a {what}" for what in ("happy person", "happy dog", "very happy person")]
+    person, *others = encoder([*happy, "Today is a sunny day"])
+    # the example that the model is published with
+    assert [float(person @ other) for other in others] == pytest.approx([0.695, 0.943, 0.257], abs=1e-3)
 
 
 def test_conse_reads_the_packaged_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
