@@ -236,7 +236,8 @@ def balanced_cross_entropy_loss(logits: Tensor, mask: Tensor, *, ignore_index: i
 
     Paper:
         Ru et al., CVPR 2022, arXiv:2203.02664, section 3.5; as in earlier single-stage systems (Araslanov and Roth,
-        CVPR 2020, arXiv:2005.08104).
+        CVPR 2020, arXiv:2005.08104), and at each scale of CLIMS' segmentation network that starts from ImageNet (Xie
+        et al., CVPR 2022, arXiv:2203.02668).
 
     Differences:
         Where a group is empty, the released code gives NaN, and as it multiplies by 0.0 while the term is not yet used,
