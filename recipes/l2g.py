@@ -222,10 +222,10 @@ PRESETS = {
     "demo": Config(),
     # The plain classifier takes 405 steps of 16 crops of 224 pixels. Here a step has 8 views and 16 crops of half their
     # area, which make 16 such crops together, and three epochs are 486 steps. Crops are drawn, as for COCO, so that two
-    # a view reach everywhere in the course of the training; they have the published 5/7 of the view's side. The scores of
-    # this head are about twice those of its classifier, u + P(u), so that a step at the plain classifier's rates would
-    # move the logits four times as far through the classifier and twice through the backbone: those rates are divided
-    # by 4 and 2, in `demo` too, where the loss of the tags stayed at that of a guess without.
+    # a view reach everywhere in the course of the training; they have the published 5/7 of the view's side. The scores
+    # of this head are about twice those of its classifier, u + P(u), so that a step at the plain classifier's rates
+    # would move the logits four times as far through the classifier and twice through the backbone: those rates are
+    # divided by 4 and 2. In `demo` too, where without that the loss of the tags stayed at that of a guess.
     "small": Config(
         l2g=L2GConfig(
             frozen_stages=4,
