@@ -100,7 +100,7 @@ class L2GConfig:
     """Divide the saliency of a view by its maximum, as published: a faint map then counts as a clear one."""
     aligned: bool = True
     """Read the global map without the released shift by half a cell, which is 4 pixels of 448 there, 8 of 224 here."""
-    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=4, batch_size=8, lr=0.005, head_lr=0.05))
+    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=4, batch_size=8, lr=0.0025, head_lr=0.0125))
     """Training schedule; a batch is of as many views; ``head_lr`` is that of both heads."""
 
 
@@ -222,9 +222,10 @@ PRESETS = {
     "demo": Config(),
     # The plain classifier takes 405 steps of 16 crops of 224 pixels. Here a step has 8 views and 16 crops of half their
     # area, which make 16 such crops together, and three epochs are 486 steps. Crops are drawn, as for COCO, so that two
-    # a view reach everywhere in the course of the training; they have the published 5/7 of the view's side. Rates are
-    # the plain classifier's: its loss trains the crops' network here, and the weight of the transfer follows the
-    # number of channels as published.
+    # a view reach everywhere in the course of the training; they have the published 5/7 of the view's side. The scores
+    # of this head are about twice those of its classifier, u + P(u), so that a step at the plain classifier's rates
+    # would move the logits four times as far through the classifier and twice through the backbone: those rates are
+    # divided by 4 and 2. In `demo` too, where without that the loss of the tags stayed at that of a guess.
     "small": Config(
         l2g=L2GConfig(
             frozen_stages=4,
@@ -233,7 +234,7 @@ PRESETS = {
             crop=160,
             crops=2,
             corners=False,
-            schedule=Schedule(epochs=3, batch_size=8, lr=0.02, head_lr=0.2),
+            schedule=Schedule(epochs=3, batch_size=8, lr=0.01, head_lr=0.05),
         ),
         cams=replace(CAMS["small"], output_stride=16),
         segment=SEGMENT["small"],

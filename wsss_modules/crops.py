@@ -315,46 +315,39 @@ def local_attention_target(
         raise ValueError(f"threshold: expected at least 0, got {threshold}")
     if 0 in scores.shape:
         return torch.zeros_like(scores)
-    nothing, best, index = _winner(at_least_float32(scores), labels > 0, eps)
-    wins = best >= nothing
-    if saliency is None:
-        of_class, of_background = best, nothing
-    else:
+    best, channel = _winner(at_least_float32(scores), labels > 0, eps)
+    value = best
+    if saliency is not None:
         s = saliency_on_grid(saliency, scores).to(best.dtype)
-        of_class = torch.where(best > threshold, s, 0.0)
+        hot = best > threshold
+        of_class = torch.where(hot, s, 0.0)
         if empty_saliency == "attention":
             empty = (saliency == 0).flatten(1).all(1)[:, None, None, None]
             of_class = torch.where(empty, best, of_class)
-        hot = nothing if background == "value" else (nothing > threshold).to(s.dtype)
-        of_background = hot * (1 - s)
+        value = torch.where(channel > 0, of_class, (best if background == "value" else hot) * (1 - s))
     target = torch.zeros(scores.shape, dtype=best.dtype, device=scores.device)
-    target.scatter_(1, torch.where(wins, index, 0), torch.where(wins, of_class, of_background))
+    target.scatter_(1, channel, value)
     return target.to(scores.dtype)
 
 
-def _winner(scores: Tensor, present: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each pixel the background's attention, that of the best present class, and its channel: (n, 1, h, w) each."""
-    nothing = F.relu(_stretched(scores[:, :1], None, eps))
-    places: Tensor | None = None
-    if not scores.is_cuda and not torch.compiler.is_compiling():
-        # only present classes are read, as many as the image with most of them has; elsewhere that number is a wait
-        order = present.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
-        places = 1 + order[:, : max(1, int(present.sum(1).max()))]  # (n, M), ascending for each image
-        image = torch.arange(len(places), device=places.device)[:, None]
-        classes = _stretched(scores[image, places], present[image, places - 1], eps)
+def _winner(scores: Tensor, present: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The largest attention of each pixel and its channel, (n, 1, h, w) each: the first class, then the background."""
+    classes = present.shape[1]
+    counted = F.pad(present, (0, 1), value=True)  # the background comes last, so that a class wins a tie
+    channels = (torch.arange(1, 2 + classes, device=scores.device) % (1 + classes)).expand(len(scores), -1)
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+        # only what counts is read, as many maps as the image with most classes has: elsewhere that number is a wait
+        most = int(counted.sum(1).max())
+        order = counted.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
+        counted, channels = counted.gather(1, order), channels.gather(1, order)
+        maps = scores[torch.arange(len(scores))[:, None], channels]
     else:
-        classes = _stretched(scores[:, 1:], present, eps)
-    best, index = classes.max(1, keepdim=True)
-    if places is None:
-        return nothing, F.relu(best), 1 + index
-    return nothing, F.relu(best), places[:, :, None, None].expand(-1, -1, *index.shape[2:]).gather(1, index)
-
-
-def _stretched(maps: Tensor, counted: Tensor | None, eps: float) -> Tensor:
-    """Maps divided by their largest positive value, 0 for those not counted. What is negative stays negative or 0."""
+        maps = scores.roll(-1, 1)
     peak = F.relu(maps.amax((2, 3), keepdim=True)) + eps
-    usable = peak > 0 if counted is None else (peak > 0) & counted[:, :, None, None]
-    return maps / torch.where(usable, peak, torch.inf)
+    usable = (peak > 0) & counted[:, :, None, None]
+    # what is negative, or does not count, stays below or at 0
+    best, index = (maps / torch.where(usable, peak, torch.inf)).max(1, keepdim=True)
+    return F.relu(best), channels[:, :, None, None].expand(-1, -1, *index.shape[2:]).gather(1, index)
 
 
 def _check_numbers(number: int, images: int) -> None:
