@@ -58,6 +58,10 @@ from wsss_losses.mctformer import (
     class_token_contrastive_loss,
     mctformer_loss,
 )
+from wsss_losses.nsrom import (
+    AttentionRegressionLoss,
+    attention_regression_loss,
+)
 from wsss_losses.occse import (
     ClassSpecificErasingLoss,
     ClassSpecificErasingTerms,
@@ -137,6 +141,7 @@ __all__ = [
     "AffinityLoss",
     "AffinityTerms",
     "AttentionAffinityLoss",
+    "AttentionRegressionLoss",
     "BalancedCrossEntropyLoss",
     "BoundaryAffinityLoss",
     "C2AMLoss",
@@ -189,6 +194,7 @@ __all__ = [
     "afa_loss",
     "affinity_loss",
     "attention_affinity_loss",
+    "attention_regression_loss",
     "balanced_cross_entropy_loss",
     "boundary_affinity_loss",
     "c2am_loss",

@@ -126,6 +126,9 @@ from wsss_modules.erasing import (
     sample_erase_class,
     soft_erase_mask,
 )
+from wsss_modules.graph import (
+    GlobalReasoningUnit,
+)
 from wsss_modules.instances import (
     Instances,
     cluster_centroids,
@@ -139,10 +142,17 @@ from wsss_modules.memory import (
     RegionMixUp,
     RegionPool,
     SemanticAggregation,
+    attention_to_uint8,
     draw_region_mix_up,
     kmeans_prototypes,
     region_mask,
     region_pool,
+)
+from wsss_modules.object_mining import (
+    background_extraction_label,
+    box_dilation,
+    non_salient_region_masking,
+    potential_object_mining,
 )
 from wsss_modules.online_labels import (
     cam_to_label,
@@ -310,6 +320,7 @@ __all__ = [
     "FrozenClassifier",
     "GatedPyramidOutput",
     "GatedPyramidPooling",
+    "GlobalReasoningUnit",
     "GlobalWeightedRankPool",
     "HVBiLSTM",
     "HierarchicalFeatureHead",
@@ -372,7 +383,10 @@ __all__ = [
     "affinity_offsets",
     "affinity_random_walk",
     "attention_probabilities",
+    "attention_to_uint8",
+    "background_extraction_label",
     "background_score",
+    "box_dilation",
     "cam_pseudo_labels",
     "cam_to_label",
     "cam_to_mask",
@@ -428,6 +442,7 @@ __all__ = [
     "minmax_cam",
     "mosaic2x2",
     "multi_scale_cam",
+    "non_salient_region_masking",
     "normalize_cam",
     "normalize_cam_with_background",
     "one_hot_scores",
@@ -442,6 +457,7 @@ __all__ = [
     "pixel_correlation",
     "pool_present_classes",
     "pool_two_regions",
+    "potential_object_mining",
     "present_softmax",
     "propagate_cam",
     "propagate_to_edge",
