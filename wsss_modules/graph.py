@@ -45,9 +45,11 @@ class GlobalReasoningUnit(nn.Module):
     Notes:
         All is linear but the ReLU, so the products are taken in another order than they are written:
         :math:`V = W_s (x P^\top) + b_s (P 1)^\top` and :math:`(W_e G) P`. That is 3 C M products a cell instead of
-        2 C S + C M + 2 S M (98,000 for 180,000 at 512 channels and 64 nodes), and no (S, N) map is made. The sums over
-        cells are taken in float32 at least, also under autocast. One call of a batch of one image with a single cell
-        fails in training mode, as batch norm does. Works in ``torch.compile(fullgraph=True)``.
+        2 C S + C M + 2 S M (98,000 for 180,000 at 512 channels and 64 nodes), and no (S, N) map is made. Mean and
+        variance of the map that comes back follow from those of the nodes, so the batch norm is folded into the last
+        product. A batch of a single cell, which batch norm refuses, has a variance of 0. The sums over cells are
+        taken in float32 at least, also under autocast. A ``SyncBatchNorm`` in place of ``norm`` works, unfolded. Works
+        in ``torch.compile(fullgraph=True)``.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -90,18 +92,59 @@ class GlobalReasoningUnit(nn.Module):
         check_ndim("features", features, 4, "(B, C, H, W)")
         check_floating("features", features)
         check_shape("features", features, (None, self.project.in_channels, None, None), "for this unit")
-        assignment = at_least_float32(self.project(features)).flatten(2)  # (B, M, N)
+        cells = features.flatten(2)  # (B, C, N)
+        # a product, not the layer: half the time of a 1 x 1 convolution and its gradients on a CPU
+        offset = self.project.get_parameter("bias")[:, None].expand(len(cells), -1, cells.shape[2])
+        weight = self.project.weight.flatten(1).expand(len(cells), -1, -1)
+        assignment = at_least_float32(torch.baddbmm(offset, weight, cells))  # (B, M, N)
         with torch.autocast(features.device.type, enabled=False):
-            x = at_least_float32(features).flatten(2)  # (B, C, N)
-            weight, bias = _matrix(self.state.weight), at_least_float32(self.state.get_parameter("bias"))
-            gathered = x @ assignment.mT  # (B, C, M)
-            nodes = weight @ gathered + bias[:, None] * assignment.sum(2)[:, None]  # (B, S, M)
-            if self.normalize:
-                nodes = nodes / max(1, x.shape[2])
-            mixed = nodes @ _matrix(self.node_mix.weight).mT + at_least_float32(self.node_mix.get_parameter("bias"))
-            found = _matrix(self.state_mix.weight) @ (nodes + mixed).relu()
-            back = (_matrix(self.extend.weight) @ found) @ assignment  # (B, C, N)
-        return (features + self.norm(back.view_as(features).to(features.dtype))).to(features.dtype)
+            cells = at_least_float32(cells)
+            back = self._found(cells, assignment)  # (B, C, M)
+            if type(self.norm) is not nn.BatchNorm2d:  # such as one that takes statistics over processes
+                return features + self.norm((back @ assignment).view(features.shape)).to(features.dtype)
+            scale, shift = self._normalized(back, assignment)
+            # one product adds the scaled map and the shift to the cells, which are read and written once
+            factors = torch.cat([scale[:, None] * back, shift[:, None].expand(len(back), -1, 1)], 2)
+            places = torch.cat([assignment, torch.ones_like(assignment[:, :1])], 1)
+            return torch.baddbmm(cells, factors, places).view(features.shape).to(features.dtype)
+
+    def _normalized(self, back: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
+        """Batch norm of ``back @ assignment`` as scale and shift (C,), its statistics from those of the nodes."""
+        norm = self.norm
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None  # for mypy: the statistics are tracked
+        assert variance is not None
+        if norm.training:
+            centre = assignment.mean(2, keepdim=True)  # (B, M, 1)
+            deviation = assignment - centre
+            spread = deviation @ deviation.mT / max(1, assignment.shape[2])  # (B, M, M), covariance of the nodes
+            means = (back @ centre)[..., 0]  # (B, C), of each image
+            mean = means.mean(0)
+            within = ((back @ spread) * back).sum(2)  # (B, C)
+            variance = (within + (means - mean).square()).mean(0).clamp(min=0)
+            self._track(mean.detach(), variance.detach(), count=len(back) * assignment.shape[2])
+        scale = at_least_float32(norm.weight) * (at_least_float32(variance) + norm.eps).rsqrt()
+        return scale, at_least_float32(norm.bias) - scale * at_least_float32(mean)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Move the running statistics as batch norm does."""
+        norm, momentum = self.norm, 0.1
+        for kept, seen in ((norm.running_mean, mean), (norm.running_var, variance * (count / max(1, count - 1)))):
+            assert kept is not None  # for mypy
+            kept.copy_((1 - momentum) * kept + momentum * seen)
+        assert norm.num_batches_tracked is not None  # for mypy
+        norm.num_batches_tracked.add_(1)
+
+    def _found(self, cells: Tensor, assignment: Tensor) -> Tensor:
+        """What the nodes tell each other, as channels: (B, C, M)."""
+        states, bias = _matrix(self.state.weight), at_least_float32(self.state.get_parameter("bias"))
+        nodes = states @ (cells @ assignment.mT) + bias[:, None] * assignment.sum(2)[:, None]  # (B, S, M)
+        if self.normalize:
+            nodes = nodes / max(1, cells.shape[2])
+        mixed = nodes @ _matrix(self.node_mix.weight).mT + at_least_float32(self.node_mix.get_parameter("bias"))
+        found = _matrix(self.state_mix.weight) @ (nodes + mixed).relu()
+        return _matrix(self.extend.weight) @ found
 
     @staticmethod
     def released_key(name: str) -> str:

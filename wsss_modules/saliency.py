@@ -251,10 +251,11 @@ def route_by_saliency(
     check_shape("labels", labels, (probability.shape[0], probability.shape[1] - 1), "to match probability")
     if eps_mode not in ("pixels", "once"):
         raise ValueError(f'eps_mode: expected "pixels" or "once", got {eps_mode!r}')
-    salient = saliency_on_grid(saliency, probability) > 0.5
-    hard = probability[:, 1:] > 0.5
     dtype = torch.promote_types(probability.dtype, torch.float32)
-    area, inside = hard.to(dtype).sum((2, 3)), (hard & salient).to(dtype).sum((2, 3))
+    salient = (saliency_on_grid(saliency, probability) > 0.5).to(dtype).flatten(2)  # (B, 1, N)
+    hard = (probability[:, 1:] > 0.5).to(dtype).flatten(2)  # (B, K, N)
+    with torch.autocast(probability.device.type, enabled=False):  # one pass over the maps counts both
+        area, inside = (hard @ torch.cat([torch.ones_like(salient), salient], 1).mT).unbind(2)  # (B, K) each
     pixels = probability.shape[2] * probability.shape[3] if eps_mode == "pixels" else 1
     return (labels > 0) & (inside / (area + pixels * eps) > threshold)
 

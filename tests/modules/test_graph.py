@@ -1,3 +1,6 @@
+import copy
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,14 +24,35 @@ def test_reordered_products_equal_the_written_ones(
     channels: int, nodes: int, width: int, normalize: bool, training: bool
 ) -> None:
     unit, x = unit_and_map(channels, nodes, (2, width), normalize=normalize)
+    torch.nn.init.normal_(unit.norm.weight)
+    torch.nn.init.normal_(unit.norm.bias)
+    unit(3 * x)  # so that the running statistics are not 0 and 1
     unit.train(training)
-    x.requires_grad_()
-    leaves, cotangent = [x, *unit.parameters()], torch.randn(x.shape).double()
-    ours, naive = unit(x), reference_graph.global_reasoning(unit, x)
-    torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-9)
-    gradients = (torch.autograd.grad((y * cotangent).sum(), leaves) for y in (ours, naive))
-    for a, b in zip(*gradients, strict=True):
+    naive, cotangent = copy.deepcopy(unit), torch.randn(x.shape).double()
+    results = []
+    for form in (unit, partial(reference_graph.global_reasoning, naive)):
+        leaves = [x.clone().requires_grad_(), *(unit if form is unit else naive).parameters()]
+        result = form(leaves[0])
+        results.append([result, *torch.autograd.grad((result * cotangent).sum(), leaves)])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(unit.state_dict(), naive.state_dict())
+
+
+def test_a_single_cell_has_no_variance() -> None:
+    unit, x = unit_and_map(size=(1, 1), batch=1)
+    torch.nn.init.normal_(unit.norm.bias)
+    torch.testing.assert_close(unit.train()(x), x + unit.norm.bias[None, :, None, None])
+    assert all(value.isfinite().all() for value in unit.state_dict().values())
+
+
+def test_another_batch_norm_in_its_place_is_called() -> None:
+    unit, x = unit_and_map()
+    plain = copy.deepcopy(unit)
+    unit.norm = torch.nn.SyncBatchNorm.convert_sync_batchnorm(unit.norm)
+    for module in (unit, plain):
+        module.eval()
+    torch.testing.assert_close(unit(x), plain(x))
 
 
 def test_cells_have_no_order() -> None:
