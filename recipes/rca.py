@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import read_cam, save_cam
@@ -42,7 +41,7 @@ from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, start
 from recipes.pipeline.saliency import saliency_source
 from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
-from recipes.pipeline.training import Moment, Schedule, TaggedCrops, fit, two_speed_groups
+from recipes.pipeline.training import Moment, Schedule, TaggedCrops, fit, square_transform, two_speed_groups
 from recipes.pipeline.views import image_tensor, view
 from wsss_losses import RegionalContrastLoss
 from wsss_modules import (
@@ -185,14 +184,7 @@ def train_rca(run: Run, classifier: Classifier | None, config: RCAConfig) -> RCA
     labels = torch.from_numpy(np.stack([run.dataset.labels(name) for name in run.train]))
     trunk = make_trunk(run, config, config.output_stride, classifier and classifier.trunk)
     net = RCA(trunk, config, labels)
-    squares = v2.Compose(
-        [
-            v2.Resize((config.size, config.size), v2.InterpolationMode.BICUBIC),
-            v2.ColorJitter(0.3, 0.3, 0.3, 0.1),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(list(net.trunk.mean), list(net.trunk.std)),
-        ]
-    )
+    squares = square_transform(config.size, net.trunk.mean, net.trunk.std)
     images = TaggedCrops(run.dataset, run.train, squares)
     per_epoch = max(1, len(images) // config.schedule.batch_size)
     contrast_of, sync = RegionalContrastLoss(reduction="mean"), run.fabric.world_size > 1

@@ -408,6 +408,18 @@ def crop_transform(
     )
 
 
+def square_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> v2.Compose:
+    """Resize to a square, jitter and normalise: no crop and no mirror, for what accumulates cells of an image."""
+    return v2.Compose(
+        [
+            v2.Resize((size, size), v2.InterpolationMode.BICUBIC),
+            v2.ColorJitter(0.3, 0.3, 0.3, 0.1),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(mean), list(std)),
+        ]
+    )
+
+
 class TaggedCrops(Dataset):
     """What a classifier trains on: ``image`` (3, crop, crop), ``labels`` (K,), ``index`` (), the place in ``names``."""
 
