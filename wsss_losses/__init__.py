@@ -82,6 +82,10 @@ from wsss_losses.mctformer import (
     class_token_contrastive_loss,
     mctformer_loss,
 )
+from wsss_losses.nsrom import (
+    AttentionRegressionLoss,
+    attention_regression_loss,
+)
 from wsss_losses.occse import (
     ClassSpecificErasingLoss,
     ClassSpecificErasingTerms,
@@ -162,6 +166,7 @@ __all__ = [
     "AffinityTerms",
     "AreaRegularizationLoss",
     "AttentionAffinityLoss",
+    "AttentionRegressionLoss",
     "BackgroundSuppressionLoss",
     "BackgroundTextMatchingLoss",
     "BalancedCrossEntropyLoss",
@@ -225,6 +230,7 @@ __all__ = [
     "affinity_loss",
     "area_regularization_loss",
     "attention_affinity_loss",
+    "attention_regression_loss",
     "background_suppression_loss",
     "background_text_matching_loss",
     "balanced_cross_entropy_loss",

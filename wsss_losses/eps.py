@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wsss_losses._reduction import Reduction, check_reduction, reduce
+from wsss_losses._soft_margin import soft_margin_costs
 from wsss_modules import route_by_saliency
 from wsss_modules._checks import check_floating, check_ndim, check_shape
 from wsss_modules.saliency import saliency_on_grid
@@ -23,6 +24,7 @@ def saliency_guided_map_loss(
     scores: Tensor,
     saliency: Tensor,
     labels: Tensor,
+    valid: Tensor | None = None,
     *,
     threshold: float = 0.4,
     foreground_weight: float = 0.5,
@@ -44,6 +46,8 @@ def saliency_guided_map_loss(
             :class:`wsss_modules.BackgroundAwareCAMHead`.
         saliency: (B, 1, H', W') float, foreground probability in [0, 1]; read at the nearest pixel of the maps.
         labels: (B, K) multi-hot; present means greater than 0.
+        valid: (B, 1, H', W') bool or numbers, on any grid: only where it is above 0 are maps compared, means taken and
+            classes judged; by default everywhere, padding included, as released.
         threshold: least share of a class's area that must be salient; 0.4 for VOC and COCO.
         foreground_weight: lambda, in [0, 1]; 0.5 for VOC, 0.9 for COCO.
         eps: keeps the divisor of that share from 0.
@@ -69,8 +73,9 @@ def saliency_guided_map_loss(
         Absent classes belong to neither map, so that with :math:`\lambda < 1` they are pushed up in the salient area
         through ``1 - bg``, and down by the classification. No gradient flows through the routing. The estimate is
         affine in p: one sum over channels with weights (B, C), no masks of the size of the maps. Where the image was
-        padded, a saliency of 0 makes the padding supervised background. The terms of an image don't depend on the
-        others. Computed in float32 for half precision. Works in ``torch.compile(fullgraph=True)``.
+        padded, a saliency of 0 makes the padding supervised background, unless ``valid`` leaves it out; an image that
+        is padding only costs 0. The terms of an image don't depend on the others. Computed in float32 for half
+        precision. Works in ``torch.compile(fullgraph=True)``.
 
     Example:
         >>> import torch
@@ -88,14 +93,25 @@ def saliency_guided_map_loss(
     dtype = torch.promote_types(scores.dtype, torch.float32)
     target = saliency_on_grid(saliency, scores).to(dtype)
     p = scores.to(dtype).softmax(1)
-    kept = route_by_saliency(p.detach(), target, labels, threshold=threshold, eps=eps, eps_mode=eps_mode)
+    inside = None if valid is None else _on_grid(valid, scores).to(dtype)  # (B, 1, H, W), 0 or 1
+    judged = p.detach() if inside is None else p.detach() * inside
+    kept = route_by_saliency(judged, target, labels, threshold=threshold, eps=eps, eps_mode=eps_mode)
     # kept: lambda; background and present but not kept: -(1 - lambda); absent: 0
     of_classes = torch.where(kept, foreground_weight, foreground_weight - 1.0) * (labels > 0)
     weight = F.pad(of_classes.to(dtype), (1, 0), value=foreground_weight - 1)  # (B, C)
     with torch.autocast(scores.device.type, enabled=False):
         estimate = (1 - foreground_weight) + torch.einsum("bchw,bc->bhw", p, weight)
-    cost = (estimate - target[:, 0]).square().mean((1, 2))  # (B,)
+    difference = (estimate - target[:, 0]).square()
+    if inside is None:
+        cost = difference.mean((1, 2))  # (B,)
+    else:
+        cost = (difference * inside[:, 0]).sum((1, 2)) / inside[:, 0].sum((1, 2)).clamp(min=1)
     return reduce(cost, reduction).to(scores.dtype)
+
+
+def _on_grid(valid: Tensor, maps: Tensor) -> Tensor:
+    check_shape("valid", valid, (maps.shape[0], 1, None, None), "to match the class maps")
+    return saliency_on_grid((valid > 0).float(), maps)
 
 
 class SaliencyGuidedMapLoss(nn.Module):
@@ -131,12 +147,13 @@ class SaliencyGuidedMapLoss(nn.Module):
         self.eps_mode: EpsMode = eps_mode
         self.reduction: Reduction = reduction
 
-    def forward(self, scores: Tensor, saliency: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, scores: Tensor, saliency: Tensor, labels: Tensor, valid: Tensor | None = None) -> Tensor:
         """Class maps, saliency and labels -> loss."""
         return saliency_guided_map_loss(
             scores,
             saliency,
             labels,
+            valid,
             threshold=self.threshold,
             foreground_weight=self.foreground_weight,
             eps=self.eps,
@@ -165,6 +182,7 @@ def eps_loss(
     scores: Tensor,
     saliency: Tensor,
     labels: Tensor,
+    valid: Tensor | None = None,
     *,
     threshold: float = 0.4,
     foreground_weight: float = 0.5,
@@ -179,6 +197,7 @@ def eps_loss(
         scores: (B, 1+K, H, W) float, see :func:`saliency_guided_map_loss`.
         saliency: (B, 1, H', W') float in [0, 1].
         labels: (B, K) multi-hot.
+        valid: (B, 1, H', W'), see :func:`saliency_guided_map_loss`.
         threshold: see :func:`saliency_guided_map_loss`.
         foreground_weight: see :func:`saliency_guided_map_loss`.
         eps: see :func:`saliency_guided_map_loss`.
@@ -213,14 +232,14 @@ def eps_loss(
         scores.to(dtype) if scores.is_floating_point() else scores,
         saliency,
         labels,
+        valid,
         threshold=threshold,
         foreground_weight=foreground_weight,
         eps=eps,
         eps_mode=eps_mode,
         reduction=reduction,
     )
-    bce = F.binary_cross_entropy_with_logits(logits.to(dtype), labels.to(dtype), reduction="none").mean(1)
-    classification = reduce(bce, reduction)
+    classification = reduce(soft_margin_costs("logits", logits, labels), reduction)
     terms = classification + of_saliency, classification, of_saliency
     return EPSTerms(*(term.to(logits.dtype) for term in terms))
 
@@ -259,13 +278,16 @@ class EPSLoss(nn.Module):
         self.eps_mode: EpsMode = eps_mode
         self.reduction: Reduction = reduction
 
-    def forward(self, logits: Tensor, scores: Tensor, saliency: Tensor, labels: Tensor) -> EPSTerms:
+    def forward(
+        self, logits: Tensor, scores: Tensor, saliency: Tensor, labels: Tensor, valid: Tensor | None = None
+    ) -> EPSTerms:
         """Image logits, class maps, saliency and labels -> total and terms."""
         return eps_loss(
             logits,
             scores,
             saliency,
             labels,
+            valid,
             threshold=self.threshold,
             foreground_weight=self.foreground_weight,
             eps=self.eps,

@@ -134,6 +134,9 @@ from wsss_modules.erasing import (
     sample_erase_class,
     soft_erase_mask,
 )
+from wsss_modules.graph import (
+    GlobalReasoningUnit,
+)
 from wsss_modules.instances import (
     Instances,
     cluster_centroids,
@@ -147,10 +150,17 @@ from wsss_modules.memory import (
     RegionMixUp,
     RegionPool,
     SemanticAggregation,
+    attention_to_uint8,
     draw_region_mix_up,
     kmeans_prototypes,
     region_mask,
     region_pool,
+)
+from wsss_modules.object_mining import (
+    background_extraction_label,
+    box_dilation,
+    non_salient_region_masking,
+    potential_object_mining,
 )
 from wsss_modules.online_labels import (
     cam_to_label,
@@ -339,6 +349,7 @@ __all__ = [
     "FrozenClassifier",
     "GatedPyramidOutput",
     "GatedPyramidPooling",
+    "GlobalReasoningUnit",
     "GlobalWeightedRankPool",
     "HVBiLSTM",
     "HierarchicalFeatureHead",
@@ -409,7 +420,10 @@ __all__ = [
     "affinity_offsets",
     "affinity_random_walk",
     "attention_probabilities",
+    "attention_to_uint8",
+    "background_extraction_label",
     "background_score",
+    "box_dilation",
     "cam_pseudo_labels",
     "cam_to_label",
     "cam_to_mask",
@@ -471,6 +485,7 @@ __all__ = [
     "minmax_cam",
     "mosaic2x2",
     "multi_scale_cam",
+    "non_salient_region_masking",
     "normalize_cam",
     "normalize_cam_with_background",
     "one_hot_scores",
@@ -485,6 +500,7 @@ __all__ = [
     "pixel_correlation",
     "pool_present_classes",
     "pool_two_regions",
+    "potential_object_mining",
     "present_softmax",
     "propagate_cam",
     "propagate_to_edge",

@@ -131,14 +131,16 @@ def fuse_saliency_labels(
     conflict: float = 0.9,
     attention: float = 0.8,
     salient: float = 32 / 255,
+    min_score: float = 0.0,
     min_foreground: float = 0.01,
     ignore_index: int = 255,
 ) -> Tensor:
     """Label objects by their class scores and background by the lack of saliency; ignore where the two disagree (RCA).
 
-    The background score is ``1 - saliency``, and the highest score wins. A pixel is ignored if more than one score is
-    above ``conflict``; or if background wins although the pixel is salient, or some class scores above ``attention``.
-    An image of which less than ``min_foreground`` is labelled with a class is ignored as a whole.
+    The background score is ``1 - saliency``, and the highest score wins. Scores below ``min_score`` count as 0. A pixel
+    is ignored if more than one score is above ``conflict``; or if background wins although the pixel is salient, or
+    some class scores above ``attention``. An image of which less than ``min_foreground`` is labelled with a class is
+    ignored as a whole.
 
     Args:
         scores: (B, 1+K, H, W) float in [0, 1], background first, usually after a dense CRF. The background channel is
@@ -148,6 +150,7 @@ def fuse_saliency_labels(
         conflict: A score above this is a claim; two claims cancel out.
         attention: A class score above this makes a pixel foreground, whatever the saliency says.
         salient: Saliency from which a pixel can't be background.
+        min_score: Least score, of the background too (NSROM: 0.3).
         min_foreground: Least share of the image.
         ignore_index: Value of ignored pixels.
 
@@ -181,13 +184,19 @@ def fuse_saliency_labels(
     if keys is not None:
         check_shape("keys", keys, (scores.shape[1] - 1,), "to match scores")
         check_integer("keys", keys)
-    both = torch.cat([1 - saliency.to(scores.dtype), scores[:, 1:]], 1)
+    both = torch.cat([(1 - saliency).to(scores.dtype), scores[:, 1:]], 1)
+    if min_score > 0:
+        both = torch.where(both < min_score, 0.0, both)
     label = both.argmax(1)
     foreground = (saliency >= salient)[:, 0] | (scores[:, 1:] > attention).any(1)
     doubtful = ((both > conflict).sum(1) > 1) | (foreground & (label == 0))
     classes = label if keys is None else torch.cat([keys.new_zeros(1), keys])[label]
-    mask = torch.where(doubtful, ignore_index, classes)
-    labelled = ((label > 0) & ~doubtful).flatten(1).double().mean(1)  # double: 1 % exactly is enough
+    return ignore_without_foreground(torch.where(doubtful, ignore_index, classes), min_foreground, ignore_index)
+
+
+def ignore_without_foreground(mask: Tensor, min_foreground: float, ignore_index: int) -> Tensor:
+    """``mask`` (B, H, W), all ``ignore_index`` where less than ``min_foreground`` of an image belongs to a class."""
+    labelled = ((mask > 0) & (mask != ignore_index)).flatten(1).double().mean(1)  # double: 1 % exactly is enough
     return torch.where((labelled < min_foreground)[:, None, None], ignore_index, mask)
 
 
@@ -242,10 +251,11 @@ def route_by_saliency(
     check_shape("labels", labels, (probability.shape[0], probability.shape[1] - 1), "to match probability")
     if eps_mode not in ("pixels", "once"):
         raise ValueError(f'eps_mode: expected "pixels" or "once", got {eps_mode!r}')
-    salient = saliency_on_grid(saliency, probability) > 0.5
-    hard = probability[:, 1:] > 0.5
     dtype = torch.promote_types(probability.dtype, torch.float32)
-    area, inside = hard.to(dtype).sum((2, 3)), (hard & salient).to(dtype).sum((2, 3))
+    salient = (saliency_on_grid(saliency, probability) > 0.5).to(dtype).flatten(2)  # (B, 1, N)
+    hard = (probability[:, 1:] > 0.5).to(dtype).flatten(2)  # (B, K, N)
+    with torch.autocast(probability.device.type, enabled=False):  # one pass over the maps counts both
+        area, inside = (hard @ torch.cat([torch.ones_like(salient), salient], 1).mT).unbind(2)  # (B, K) each
     pixels = probability.shape[2] * probability.shape[3] if eps_mode == "pixels" else 1
     return (labels > 0) & (inside / (area + pixels * eps) > threshold)
 

@@ -396,7 +396,7 @@ def _chart(
     points = [p for line in lines for p in line.points if math.isfinite(p[1])]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(0.0, *ys), max(ys))
-    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1e-9), y_ticks[0], max(y_ticks[-1], *ys)
+    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1e-9), y_ticks[0], max(y_ticks[-1], *ys, y_ticks[0] + 1e-9)
     named = len({line.name for line in lines if not line.faint}) > 1
     left, right, top, bottom = 46, 14, 12 + 16 * named, 40
 

@@ -27,12 +27,14 @@ from recipes.pipeline.views import image_tensor, views
 from wsss_modules import DEEPLAB_CRF, DenseCRF, unary_from_scores
 
 
-def segmentation_from_masks(run: Run, folder: str, config: SegmentConfig) -> None:
+def segmentation_from_masks(
+    run: Run, folder: str, config: SegmentConfig, *, start_from: Segmenter | None = None
+) -> None:
     """Train on the masks in ``folder``; segment and measure the val images, or without any the training images.
 
     The network is kept in ``model/``, for :func:`recipes.pipeline.pretrained.from_pretrained`.
     """
-    network = train_segmentation(run, lambda name: read_mask(run, name, folder), config)
+    network = train_segmentation(run, lambda name: read_mask(run, name, folder), config, start_from=start_from)
     if run.fabric.global_rank == 0:
         save_pretrained(
             run.folder / "model", network, config, run.dataset.classes, run.dataset.palette_index, recipe=run.recipe
@@ -50,14 +52,18 @@ def train_segmentation(
     *,
     num_classes: int | None = None,
     stage: str = "segment",
+    start_from: Segmenter | None = None,
 ) -> Segmenter:
     """Train on the masks (H, W) uint8 that ``mask_of`` gives for each training image: cross entropy, 255 ignored.
 
-    ``num_classes`` counts the background; by default the masks are of the classes of the data set.
+    ``num_classes`` counts the background; by default the masks are of the classes of the data set. ``start_from`` gives
+    the weights to start from, in place of the pretrained ones.
     """
     if run.config.max_steps is not None:
         config = replace(config, weights="random")
     model = Segmenter(config, num_classes or 1 + len(run.dataset.classes))
+    if start_from is not None:
+        model.load_state_dict(start_from.state_dict())
     crops = MaskedCrops(
         run.dataset, run.train, mask_of, crop_transform(RandomScale(*config.scale), config.crop, model.mean, model.std)
     )
@@ -72,8 +78,10 @@ def train_segmentation(
     return model
 
 
-def segment(run: Run, model: Segmenter, names: Sequence[str], config: SegmentConfig) -> None:
-    """Write ``segmentation/IMAGE.png`` (and ``segmentation_crf/IMAGE.png`` with ``config.crf``) for ``names``."""
+def segment(
+    run: Run, model: Segmenter, names: Sequence[str], config: SegmentConfig, folder: str = "segmentation"
+) -> None:
+    """Write ``FOLDER/IMAGE.png`` (and ``FOLDER_crf/IMAGE.png`` with ``config.crf``) for ``names``."""
     crf = DenseCRF(DEEPLAB_CRF)
     model.to(run.fabric.device, memory_format=torch.channels_last).eval()
 
@@ -83,13 +91,11 @@ def segment(run: Run, model: Segmenter, names: Sequence[str], config: SegmentCon
         probabilities = segmentation_probabilities(model, image, config.test_scales)
         if config.crf:
             refined = crf(image[None], unary_from_scores(probabilities[None]))[0].argmax(0)
-            save_mask(
-                run.path("segmentation_crf", f"{name}.png"), refined.byte().cpu().numpy(), run.dataset.palette_index
-            )
+            save_mask(run.path(f"{folder}_crf", f"{name}.png"), refined.byte().cpu().numpy(), run.dataset.palette_index)
         mask = probabilities.argmax(0).byte().cpu().numpy()
-        save_mask(run.path("segmentation", f"{name}.png"), mask, run.dataset.palette_index)
+        save_mask(run.path(folder, f"{name}.png"), mask, run.dataset.palette_index)
 
-    run.for_each(names, lambda name: run.path("segmentation", f"{name}.png"), work)
+    run.for_each(names, lambda name: run.path(folder, f"{name}.png"), work)
 
 
 def segmentation_probabilities(model: Segmenter, image: Tensor, scales: Sequence[float]) -> Tensor:

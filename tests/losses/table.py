@@ -377,6 +377,14 @@ def _image_related_text(situation: str) -> tuple[Any, ...]:
     return *_image_text(situation), related, torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
 
 
+def _attention_maps(situation: str) -> tuple[Tensor, Tensor]:
+    """Class maps and accumulated maps of the present classes; a quarter of their cells has none."""
+    labels = _image_labels(situation)
+    maps = _pixel_logits(situation, 17)
+    seen = torch.sigmoid(random(*maps.shape, seed=18)) - 0.3
+    return maps, seen.clamp(min=0) * labels[:, :, None, None]
+
+
 PAIR_OPTIONS = {"radius": 3}
 FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
 
@@ -687,6 +695,14 @@ CASES = (
         predictions=3,
         zero_in=(),  # the absence of all classes is learnt too
         varies=({"reduction": "sum", "gsc_weight": 0.1}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.attention_regression_loss,
+        losses.AttentionRegressionLoss,
+        _attention_maps,
+        zero_in=(),  # the absence of all classes is learnt too
+        varies=({"saturate": True, "eps": 1e-3},),
+        sync=True,
     ),
     LossCase(
         losses.edam_loss,

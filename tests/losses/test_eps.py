@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.losses import reference_eps
 from wsss_losses import EPSLoss, SaliencyGuidedMapLoss, eps_loss, saliency_guided_map_loss
 from wsss_modules import BackgroundAwareCAMHead, estimate_saliency, route_by_saliency
 
@@ -119,6 +120,73 @@ def test_objective_of_the_head() -> None:
     assert terms.total == terms.classification + terms.saliency
 
 
+def test_an_empty_saliency_rejects_all_classes_and_teaches_background() -> None:
+    scores = batch()[0].requires_grad_()
+    nothing = torch.zeros(3, 1, 15, 12, dtype=torch.float64)
+    assert not route_by_saliency(scores.detach().softmax(1), nothing, LABELS).any()
+    (grad,) = torch.autograd.grad(saliency_guided_map_loss(scores, nothing, LABELS), scores)
+    assert bool((grad[:, 0] < 0).all())  # a step against it raises the background's map
+    assert bool((grad[2, 1:] > 0).all())  # no class is present there
+
+
+def test_saliency_of_the_same_size_is_not_resampled_and_others_are_read_at_the_nearest_pixel() -> None:
+    scores, fine = batch()
+    rows, columns = [0, 3, 6, 9, 12], [0, 2, 4, 6, 8, 10]  # floor(i * 15 / 5), floor(i * 12 / 6)
+    same = fine[:, :, rows][..., columns]
+    loss = saliency_guided_map_loss(scores, fine, LABELS, reduction="none")
+    torch.testing.assert_close(saliency_guided_map_loss(scores, same, LABELS, reduction="none"), loss, rtol=0, atol=0)
+
+
+def test_no_gradient_flows_through_the_routing() -> None:
+    scores, saliency = batch()
+    kept = route_by_saliency(scores.softmax(1), saliency, LABELS)
+
+    def with_fixed_routing(scores: Tensor) -> Tensor:
+        maps = estimate_saliency(scores.softmax(1), kept, LABELS)
+        return (maps.estimate - saliency[:, :, ::3, ::2]).square().mean()
+
+    grads = []
+    for loss_of in (with_fixed_routing, lambda x: saliency_guided_map_loss(x, saliency, LABELS)):
+        leaf = scores.clone().requires_grad_()
+        grads.append(torch.autograd.grad(loss_of(leaf), leaf)[0])
+    torch.testing.assert_close(*grads)
+    maps = scores.softmax(1).requires_grad_()
+    assert not route_by_saliency(maps, saliency, LABELS).requires_grad
+
+
+def test_padding_may_be_left_out() -> None:
+    scores, saliency = batch()
+    valid = torch.zeros(3, 1, 5, 6, dtype=torch.bool)
+    valid[:2, :, :3, :4] = True  # the third image is padding only
+    cut = saliency_guided_map_loss(
+        scores[..., :3, :4], saliency[:, :, :9, :8], LABELS, eps=2e-4, eps_mode="once", reduction="none"
+    )
+    options = {"eps": 2e-4, "eps_mode": "once", "reduction": "none"}
+    each = saliency_guided_map_loss(scores, saliency, LABELS, valid, **options)
+    torch.testing.assert_close(each, torch.cat([cut[:2], cut.new_zeros(1)]))
+    fine = valid.repeat_interleave(3, 2).repeat_interleave(2, 3).float()
+    torch.testing.assert_close(saliency_guided_map_loss(scores, saliency, LABELS, fine, **options), each)
+    everywhere = torch.ones_like(valid)
+    whole = saliency_guided_map_loss(scores, saliency, LABELS, **options)
+    torch.testing.assert_close(saliency_guided_map_loss(scores, saliency, LABELS, everywhere, **options), whole)
+    terms = eps_loss(torch.zeros_like(LABELS).double(), scores, saliency, LABELS, valid, **options)
+    torch.testing.assert_close(terms.saliency, each)
+    leaf = scores.requires_grad_()
+    (grad,) = torch.autograd.grad(saliency_guided_map_loss(leaf, saliency, LABELS, valid), leaf)
+    assert not grad[~valid.expand_as(grad)].any()
+    assert grad[:2, :, :3, :4].any()
+
+
+@given(st.integers(0, 99), st.booleans())
+def test_loss_equals_the_released_one_by_masks(seed: int, soft: bool) -> None:
+    scores, saliency = batch(seed)
+    saliency = saliency if soft else saliency.round()
+    leaves = [scores.clone().requires_grad_() for _ in range(2)]
+    losses = [saliency_guided_map_loss(leaves[0], saliency, LABELS), reference_eps.loss(leaves[1], saliency, LABELS)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(x, y)[0] for x, y in zip(losses, leaves, strict=True)))
+
+
 SCORES, SALIENCY = (x.float() for x in batch())
 
 
@@ -134,6 +202,11 @@ SCORES, SALIENCY = (x.float() for x in batch())
             lambda: saliency_guided_map_loss(SCORES, SALIENCY[:, 0], LABELS),
             ValueError,
             r"saliency: expected shape \(3, 1, \*, \*\) to match the class maps, got \(3, 15, 12\)",
+        ),
+        (
+            lambda: saliency_guided_map_loss(SCORES, SALIENCY, LABELS, SALIENCY[:, 0]),
+            ValueError,
+            r"valid: expected shape \(3, 1, \*, \*\) to match the class maps, got \(3, 15, 12\)",
         ),
         (lambda: saliency_guided_map_loss(SCORES.long(), SALIENCY, LABELS), TypeError, "scores: expected a floating"),
         (lambda: saliency_guided_map_loss(SCORES, SALIENCY > 0.5, LABELS), TypeError, "saliency: expected a floating"),

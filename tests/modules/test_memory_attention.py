@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from tests.modules import reference_memory
-from wsss_modules import OnlineAttentionAccumulator, SemanticAggregation
+from wsss_modules import OnlineAttentionAccumulator, SemanticAggregation, attention_to_uint8
 
 # Read-out
 
@@ -211,6 +211,26 @@ def test_threshold_is_reached_or_the_last_epoch_forces(probability: float, last:
     assert bool(accumulator.maps.any()) is written
 
 
+def test_without_a_probability_the_means_of_the_maps_give_it() -> None:
+    one, other = (OnlineAttentionAccumulator(LABELS, (2, 2)) for _ in range(2))
+    cam = torch.randn(4, 3, 2, 2) - 2  # some means are below and some above that of a probability of 0.1
+    probability = 1 / (1 + torch.exp(-cam.mean((2, 3))))
+    one.update(torch.arange(4), cam)
+    other.update(torch.arange(4), cam, probability)
+    torch.testing.assert_close(one.state_dict(), other.state_dict())
+    assert 0 < one.written.sum() < len(one.written)
+    torch.testing.assert_close(one.probability(cam), probability)
+
+
+def test_the_order_of_images_is_of_no_account() -> None:
+    one, other = (OnlineAttentionAccumulator(LABELS, (2, 3)) for _ in range(2))
+    cam, order = torch.randn(4, 3, 2, 3), torch.tensor([2, 0, 3, 1])
+    one.update(torch.arange(4), cam, last=True)
+    for index in order.split(1):
+        other.update(index, cam[index], last=True)
+    torch.testing.assert_close(one.state_dict(), other.state_dict())
+
+
 def test_the_last_epoch_does_not_force_what_is_written() -> None:
     accumulator = OnlineAttentionAccumulator(torch.tensor([[1]]), (1, 2))
     accumulator.update(torch.tensor([0]), torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[0.9]]))
@@ -271,6 +291,32 @@ def test_two_processes_accumulate_what_one_does(tmp_path) -> None:
     torch.multiprocessing.spawn(accumulate_half_of_a_batch, args=((tmp_path / "meeting").as_uri(),), nprocs=2)
 
 
+# Export
+
+
+def test_export_of_the_same_size_only_scales_and_cuts_off() -> None:
+    cam = torch.randn(2, 3, 5, 6)
+    pictures = attention_to_uint8(cam, (5, 6))
+    highest = cam.amax((2, 3), keepdim=True)
+    expected = (255 * (cam.clamp(min=0) / (highest + 1e-8))).to(torch.uint8)
+    assert torch.equal(pictures, expected)
+    assert pictures.dtype == torch.uint8
+    assert bool((pictures.amax((2, 3)) == 255).all())
+
+
+def test_export_enlarges_every_map_for_itself_and_stays_in_range() -> None:
+    cam = torch.zeros(1, 3, 4, 4)
+    cam[0, 0, 1, 1], cam[0, 1] = 7.0, -1.0
+    cam[0, 2, :, 2:] = 3.0  # bicubic overshoots at the edge
+    pictures = attention_to_uint8(cam, (16, 12))
+    assert pictures.shape == (1, 3, 16, 12)
+    assert pictures[0, 0].argmax() // 12 in range(4, 8)
+    assert not pictures[0, 1].any()
+    assert set(pictures[0, 2, :, [0, -1]].unique().tolist()) == {0, 255}
+    assert torch.equal(attention_to_uint8(1000 * cam, (16, 12)), pictures)
+    assert attention_to_uint8(cam[:, :0], (3, 3)).shape == (1, 0, 3, 3)
+
+
 LAYER, FEATURES, PROTOTYPES = SemanticAggregation(5, 2), torch.rand(2, 5, 3, 4), torch.rand(3, 2, 5)
 ACCUMULATOR, INDEX, CAM, SURE = (
     OnlineAttentionAccumulator(LABELS, (3, 4)),
@@ -326,6 +372,9 @@ ACCUMULATOR, INDEX, CAM, SURE = (
             r"probability: expected shape \(2, 3\) to match cam",
         ),
         (lambda: ACCUMULATOR(INDEX.float()), TypeError, r"index: expected an integer tensor"),
+        (lambda: attention_to_uint8(CAM[0], (3, 4)), ValueError, r"cam: expected shape \(B, K, h, w\), got"),
+        (lambda: attention_to_uint8(CAM.byte(), (3, 4)), TypeError, r"cam: expected a floating-point tensor"),
+        (lambda: attention_to_uint8(CAM, (0, 4)), ValueError, r"size: expected at least one pixel, got \(0, 4\)"),
     ],
     ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
 )

@@ -213,6 +213,11 @@ def test_ticks_are_round_and_cover_the_range(low, span):
         assert low + span - ticks[-1] <= steps[0] * (1 + 1e-3)
 
 
+def test_a_curve_that_is_0_throughout_has_a_chart():  # such as the loss of labels that are all ignored
+    svg = report._chart([report._Line("loss", [(0, 0.0), (9, 0.0)])], "step", "loss")
+    assert re.search(r'points="[\d. ,]+"', svg)
+
+
 def test_no_value_for_a_chart_of_one_number():
     assert report._ticks(3.0, 3.0)[0] <= 3.0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from wsss_modules._checks import check_floating, check_integer, check_ndim, check_shape
 from wsss_modules._distributed import gather_over_processes
@@ -38,11 +39,14 @@ class OnlineAttentionAccumulator(nn.Module):
     Paper:
         Jiang et al., Integral Object Mining via Online Attention Accumulation, ICCV 2019; Zhou, Zhang, Zhao and Li,
         Regional Semantic Contrast and Aggregation for Weakly Supervised Semantic Segmentation, CVPR 2022,
-        arXiv:2203.09653.
+        arXiv:2203.09653; Yao et al., Non-Salient Region Object Mining for Weakly Supervised Semantic Segmentation, CVPR
+        2021, arXiv:2103.14581.
 
     Differences:
-        The released code reads and writes one PNG a map in ``forward``, named by the place in the batch; with several
-        devices different images share a file. Here the maps are a buffer, saved and resumed with the model.
+        The released code of RCA and NSROM reads and writes one PNG a map in ``forward``, in every epoch. RCA's are
+        named by the place in the batch, so that with several devices different images share a file; NSROM's by the
+        image, so that a new run silently goes on from the files of an old one. Here the maps are a buffer, saved and
+        resumed with the model. Nothing is accumulated in the first epoch there: call :meth:`update` from the second on.
 
     Notes:
         One byte a cell: VOC's 10,582 images with 1.5 classes at 46 x 46 cells take 33 MB. :meth:`update` has no shape
@@ -78,14 +82,15 @@ class OnlineAttentionAccumulator(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, index: Tensor, cam: Tensor, probability: Tensor, *, last: bool = False, sync: bool = False
+        self, index: Tensor, cam: Tensor, probability: Tensor | None = None, *, last: bool = False, sync: bool = False
     ) -> None:
         """Add the maps of a batch.
 
         Args:
             index: (B,) int64 images, 0..n-1.
             cam: (B, K, H, W) float, of any sign; negative attention counts as none. Only present classes are read.
-            probability: (B, K) float in [0, 1] of the classes.
+            probability: (B, K) float in [0, 1] of the classes; by default that of the maps' means, see
+                :meth:`probability`.
             last: In the last epoch, also write the map of a class that has none yet, however improbable.
             sync: Add the maps of all processes of a distributed run.
 
@@ -98,6 +103,7 @@ class OnlineAttentionAccumulator(nn.Module):
         check_floating("cam", cam)
         shape = (len(index), self.rows.shape[1])
         check_shape("cam", cam, (*shape, *self.maps.shape[1:]), "to match index and this accumulator")
+        probability = self.probability(cam) if probability is None else probability
         check_shape("probability", probability, shape, "to match cam")
         positive = at_least_float32(cam.detach()).clamp(min=0)
         scaled = 255 * positive / (positive.amax((2, 3), keepdim=True) + self.eps)
@@ -115,6 +121,11 @@ class OnlineAttentionAccumulator(nn.Module):
             self.written.to(torch.uint8).scatter_reduce(0, place, adding.flatten().to(torch.uint8), "amax").bool()
         )
 
+    @staticmethod
+    def probability(cam: Tensor) -> Tensor:
+        """Sigmoid of the mean of the signed maps ``cam`` (B, K, H, W): (B, K), what NSROM's classifier says."""
+        return at_least_float32(cam).mean((2, 3)).sigmoid()
+
     def forward(self, index: Tensor) -> Tensor:
         """Accumulated maps of images ``index`` (B,): (B, K, H, W) float32 in [0, 1], 0 for absent classes."""
         check_ndim("index", index, 1, "(B,)")
@@ -130,3 +141,42 @@ class OnlineAttentionAccumulator(nn.Module):
         images, classes = self.rows.shape
         size = tuple(self.maps.shape[1:])
         return f"images={images}, classes={classes}, size={size}, threshold={self.threshold}, eps={self.eps}"
+
+
+def attention_to_uint8(cam: Tensor, size: tuple[int, int], *, eps: float = 1e-8) -> Tensor:
+    r"""Attention as 8-bit pictures of another size, as NSROM stores it.
+
+    :math:`\lfloor 255 \max(a, 0) / (\max_{hw} a + \epsilon) \rfloor`, then bicubic, rounded and cut to 0..255.
+
+    Args:
+        cam: (B, K, h, w) floating point, of any sign.
+        size: (H, W) of the pictures.
+        eps: Keeps a map without attention at 0.
+
+    Returns:
+        (B, K, H, W) uint8.
+
+    Raises:
+        TypeError: ``cam`` is not floating point.
+        ValueError: a wrong shape, or ``size`` without a pixel.
+
+    Paper:
+        Yao et al., CVPR 2021, arXiv:2103.14581.
+
+    Notes:
+        Bicubic with a = -0.75 and half-pixel centres, as image libraries do it for 8-bit pictures. NaN counts as 0.
+
+    Example:
+        >>> attention_to_uint8(torch.tensor([[[[-1.0, 0.5, 1.0]]]]), (1, 3))
+        tensor([[[[  0, 127, 255]]]], dtype=torch.uint8)
+    """
+    check_ndim("cam", cam, 4, "(B, K, h, w)")
+    check_floating("cam", cam)
+    if min(size) < 1:
+        raise ValueError(f"size: expected at least one pixel, got {tuple(size)}")
+    if cam.numel() == 0:
+        return torch.zeros(*cam.shape[:2], *size, dtype=torch.uint8, device=cam.device)
+    positive = at_least_float32(cam.detach()).nan_to_num(0).clamp(min=0)
+    scaled = (255 * (positive / (positive.amax((2, 3), keepdim=True) + eps))).floor()
+    large = F.interpolate(scaled, size, mode="bicubic", align_corners=False)
+    return large.round().clamp(0, 255).to(torch.uint8)
