@@ -71,12 +71,12 @@ Of the systems that train the classifier differently, all on the same backbone, 
   people, who were mostly left out (IoU 9). With the classifier's it is 79.1, and the masks are at 67.3, fourteen
   points above the maps that they are made of, without an affinity network. The cue has been through the dense CRF, so
   that a second one adds nothing. People stay the weakest class (IoU 32, recall 42).
-- `rca` needs saliency and was given that of `c2am-s0`, so its row is not image tags alone. Its maps are the maximum over
-  the epochs of one view of 224 pixels, without scales and mirror images, and cover too much: their best threshold (0.46)
-  is far above the fixed one, and even there they are below the plain CAM. Cut out by the saliency they give masks of
-  65.6, of which the saliency has most of the merit: the plain CAM cut out by the same one is at 67.3 (`c2am-s0`). With
-  the earlier saliency, which left people out, they were at 50.1. Masks leave some pixels undecided, which count as
-  wrong.
+- `rca` needs saliency and was given that of `c2am-s0`, so its row is not image tags alone. Its maps are the maximum
+  over the epochs of one view of 224 pixels, without scales and mirror images, and cover too much: their best threshold
+  (0.46) is far above the fixed one, and even there they are below the plain CAM. Cut out by the saliency they give
+  masks of 65.6, of which the saliency has most of the merit: the plain CAM cut out by the same one is at 67.3
+  (`c2am-s0`). With the earlier saliency, which left people out, they were at 50.1. Masks leave some pixels undecided,
+  which count as wrong.
 - `spatial_bce` does not reach the plain CAM, but no longer gives up whole classes (seed 25.2, with no cow, dog and
   horse at all): the divergence from the prior now weighs as much as with 20 classes, the trunk learns ten times as
   fast, and so does the branch of the thresholds. Its masks are precise and timid (precision 83 to 92 % for cat, dog,
@@ -92,8 +92,8 @@ Of the systems that train the classifier differently, all on the same backbone, 
 - `occse` ends below the classifier that judges it (recall of cows and dogs 55 and 51 % against 65 and 60), so that
   the maps did not grow. The judge's loss ended at 0.6, which says that the classes erased were mostly still seen; 405
   steps are a fiftieth of the published 20,000, at higher learning rates. Whether that is the reason was not tested.
-  The walk (with OC-CSE's backgrounds for the confident areas) spreads what the maps have and leaves what they lack: 61.7,
-  where RW makes 72.8 of the plain CAMs of an equal score, most of it lost on dogs (recall 51 %) and cows (58 %).
+  The walk (with OC-CSE's backgrounds for the confident areas) spreads what the maps have and leaves what they lack:
+  61.7, where RW makes 72.8 of the plain CAMs of an equal score, most of it lost on dogs (recall 51 %) and cows (58 %).
 """
 
 
