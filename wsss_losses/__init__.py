@@ -1,5 +1,10 @@
 """Losses for weakly supervised semantic segmentation, one file per paper."""
 
+from wsss_losses.advcam import (
+    AntiAdversarialClimbLoss,
+    AntiAdversarialClimbTerms,
+    anti_adversarial_climb_loss,
+)
 from wsss_losses.aeft import (
     AEFTLoss,
     AEFTTerms,
@@ -136,6 +141,8 @@ __all__ = [
     "AdaptiveMinPoolingLoss",
     "AffinityLoss",
     "AffinityTerms",
+    "AntiAdversarialClimbLoss",
+    "AntiAdversarialClimbTerms",
     "AttentionAffinityLoss",
     "BalancedCrossEntropyLoss",
     "BoundaryAffinityLoss",
@@ -188,6 +195,7 @@ __all__ = [
     "aeft_loss",
     "afa_loss",
     "affinity_loss",
+    "anti_adversarial_climb_loss",
     "attention_affinity_loss",
     "balanced_cross_entropy_loss",
     "boundary_affinity_loss",

@@ -322,6 +322,15 @@ def _sampled_classes(situation: str) -> tuple[Tensor, Tensor, Tensor]:
     return random(len(labels), 2, seed=16), labels, torch.tensor([[3, 1], [2, 3]])[: len(labels)]
 
 
+def _climbers(situation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Class scores of two views, maps before and after a climb, and classes; nobody climbs where all is ignored."""
+    climbers = {"all_ignored": 0, "batch_1": 1, "smallest": 1}.get(situation, 2)
+    cells = (1, 1) if situation == "smallest" else (3, 4)
+    cam, initial = (random(climbers, *cells, seed=seed).abs() for seed in (2, 3))
+    index = torch.tensor([1, 3])[:climbers]
+    return random(climbers, 2, 4, *cells, seed=1), cam * (situation != "no_label"), initial, index
+
+
 PAIR_OPTIONS = {"radius": 3}
 FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
 
@@ -639,5 +648,12 @@ CASES = (
         _sampled_classes,
         zero_in=(),  # the absence of all classes is learnt too
         varies=({"reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.anti_adversarial_climb_loss,
+        losses.AntiAdversarialClimbLoss,
+        _climbers,
+        predictions=2,
+        varies=({"ad_coeff": 0.5, "threshold": 0.2, "reduction": "sum"}, {"reduction": "none"}),
     ),
 )
