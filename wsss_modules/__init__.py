@@ -122,6 +122,12 @@ from wsss_modules.disentangle import (
     refine_cam_with_background_cue,
     threshold_cue,
 )
+from wsss_modules.distillation import (
+    AttentionBasedFusion,
+    FusedMaps,
+    ReviewDistiller,
+    teacher_features,
+)
 from wsss_modules.erasing import (
     ClassSpecificErase,
     DisjointNegatives,
@@ -285,6 +291,7 @@ __all__ = [
     "AffinityRandomWalk",
     "AlternatingSchedule",
     "AttentionAffinityHead",
+    "AttentionBasedFusion",
     "AttentionSums",
     "BackgroundAwareCAMHead",
     "BackgroundAwareCAMOutput",
@@ -319,6 +326,7 @@ __all__ = [
     "Exploration",
     "FeatureCentreBank",
     "FrozenClassifier",
+    "FusedMaps",
     "GatedPyramidOutput",
     "GatedPyramidPooling",
     "GlobalWeightedRankPool",
@@ -364,6 +372,7 @@ __all__ = [
     "RegionPool",
     "ResNet38",
     "ResNet38Features",
+    "ReviewDistiller",
     "SEAMHead",
     "SEAMOutput",
     "SaliencyMaps",
@@ -484,6 +493,7 @@ __all__ = [
     "split2x2",
     "structure_aware_seeds",
     "structure_iou",
+    "teacher_features",
     "threshold_cue",
     "threshold_without_temperature",
     "token_encoder_from_vit",

@@ -81,21 +81,26 @@ class DeepLabHead(nn.Module):
 class Segmenter(nn.Module):
     """Images (B, 3, H, W) to logits (B, 1 + K, h, w), with a backbone whose batch norm keeps its stored statistics.
 
-    ``head_modules`` are the layers without pretrained weights; ``mean`` and ``std`` normalise images in [0, 1].
+    ``head_modules`` are the layers without pretrained weights; ``mean`` and ``std`` normalise images in [0, 1]. With
+    DeepLabV3+, ``depth`` (3 to 5) is the number of levels of the encoder, the rest of which is cut off, and
+    ``decoder_channels`` the width of the decoder.
     """
 
-    def __init__(self, config: SegmentConfig, num_classes: int) -> None:
+    def __init__(self, config: SegmentConfig, num_classes: int, *, depth: int = 5, decoder_channels: int = 256) -> None:
         super().__init__()
         self.encoder: nn.Module
         if config.architecture == "deeplabv3plus":
             self.net = smp.DeepLabV3Plus(
                 f"tu-{config.encoder}",
                 encoder_weights=None,
+                encoder_depth=depth,
                 encoder_output_stride=config.output_stride,
+                decoder_channels=decoder_channels,
                 classes=num_classes,
             )
             self.encoder = self.net.encoder
             body = self.encoder.model
+            cut_off(body)
             load_weights(body, config.encoder, config.weights)
             freeze_stages(body, config.frozen_stages)
             self.head_modules = [self.net.decoder, self.net.segmentation_head]
@@ -116,10 +121,25 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)
 
+    def with_levels(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The logits, and the maps of the encoder from fine to coarse."""
+        features = self.encoder(images)
+        if isinstance(features, Features):
+            return self.head_modules[0](features), features.levels
+        logits = self.net.segmentation_head(self.net.decoder(features))
+        return logits, tuple(features[1:])  # the first is the image itself
+
     def train(self, mode: bool = True) -> Segmenter:
         super().train(mode)
         keep_statistics(self.encoder)
         return self
+
+
+def cut_off(body: nn.Module) -> None:
+    """Leave out the blocks of an EfficientNet or MobileNet behind its last level; of other networks timm does so."""
+    stages = [info["stage"] for info in body.feature_info.get_dicts() if "stage" in info]
+    if stages and isinstance(getattr(body, "blocks", None), nn.Sequential):
+        body.blocks = body.blocks[: max(stages)]
 
 
 def segmentation_from_masks(run: Run, folder: str, config: SegmentConfig) -> None:
@@ -146,22 +166,34 @@ def train_segmentation(
     if run.config.max_steps is not None:
         config = replace(config, weights="random")
     model = Segmenter(config, num_classes or 1 + len(run.dataset.classes))
-    crops = MaskedCrops(
-        run.dataset, run.train, mask_of, crop_transform(RandomScale(*config.scale), config.crop, model.mean, model.std)
-    )
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
-        logits = F.interpolate(model(batch["image"]), batch["mask"].shape[-2:], mode="bilinear", align_corners=False)
-        labelled = (batch["mask"] != IGNORE).sum().clamp(min=1)
-        return F.cross_entropy(logits, batch["mask"], ignore_index=IGNORE, reduction="sum") / labelled
+        return pixel_loss(model(batch["image"]), batch["mask"])
 
     groups = two_speed_groups(model, model.head_modules, config.schedule)
-    fit(run, stage, model, crops, loss_of, groups, config.schedule)
+    fit(run, stage, model, masked_crops(run, mask_of, config, model), loss_of, groups, config.schedule)
     return model
 
 
-def segment(run: Run, model: Segmenter, names: Sequence[str], config: SegmentConfig) -> None:
-    """Write ``segmentation/IMAGE.png`` (and ``segmentation_crf/IMAGE.png`` with ``config.crf``) for ``names``."""
+def masked_crops(
+    run: Run, mask_of: Callable[[str], np.ndarray], config: SegmentConfig, model: Segmenter
+) -> MaskedCrops:
+    """Augmented crops of the training images with their masks, normalised as ``model`` wants them."""
+    transform = crop_transform(RandomScale(*config.scale), config.crop, model.mean, model.std)
+    return MaskedCrops(run.dataset, run.train, mask_of, transform)
+
+
+def pixel_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """Cross entropy of logits (B, 1 + K, h, w), enlarged to the mask (B, H, W), over the labelled pixels."""
+    logits = F.interpolate(logits, mask.shape[-2:], mode="bilinear", align_corners=False)
+    labelled = (mask != IGNORE).sum().clamp(min=1)
+    return F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum") / labelled
+
+
+def segment(
+    run: Run, model: Segmenter, names: Sequence[str], config: SegmentConfig, folder: str = "segmentation"
+) -> None:
+    """Write ``FOLDER/IMAGE.png`` (and ``FOLDER_crf/IMAGE.png`` with ``config.crf``) for ``names``."""
     crf = DenseCRF(DEEPLAB_CRF)
     model.to(run.fabric.device, memory_format=torch.channels_last).eval()
 
@@ -171,13 +203,11 @@ def segment(run: Run, model: Segmenter, names: Sequence[str], config: SegmentCon
         probabilities = segmentation_probabilities(model, image, config.test_scales)
         if config.crf:
             refined = crf(image[None], unary_from_scores(probabilities[None]))[0].argmax(0)
-            save_mask(
-                run.path("segmentation_crf", f"{name}.png"), refined.byte().cpu().numpy(), run.dataset.palette_index
-            )
+            save_mask(run.path(f"{folder}_crf", f"{name}.png"), refined.byte().cpu().numpy(), run.dataset.palette_index)
         mask = probabilities.argmax(0).byte().cpu().numpy()
-        save_mask(run.path("segmentation", f"{name}.png"), mask, run.dataset.palette_index)
+        save_mask(run.path(folder, f"{name}.png"), mask, run.dataset.palette_index)
 
-    run.for_each(names, lambda name: run.path("segmentation", f"{name}.png"), work)
+    run.for_each(names, lambda name: run.path(folder, f"{name}.png"), work)
 
 
 def segmentation_probabilities(model: Segmenter, image: Tensor, scales: Sequence[float]) -> Tensor:
