@@ -119,12 +119,13 @@ def write_climbed_cams(
 
 
 # A CPU has no time for 27 steps at four scales. With networks other than their own the authors took about 8 steps; the
-# two scales kept in `small` are the image's own and the half one, at which a step costs a quarter.
+# scales kept in `small` are the image's own, at which it is as large as the crops that the classifier learnt from, and
+# the half one, at which a step costs a quarter.
 PRESETS = {
     "demo": Config(),
     "small": Config(
         classify=CLASSIFY["small"],
-        cams=replace(CAMS["small"], scales=(1.0, 0.5)),
+        cams=replace(CAMS["small"], long_side=288, scales=(1.0, 0.5)),
         climb=ClimbConfig(steps=8),
         relation=trusted(irn.PRESETS["small"].relation),
         walk=sharpened(irn.PRESETS["small"].walk),
