@@ -202,7 +202,7 @@ def walked_scores(run: Run, name: str, maps: Tensor, edge: Tensor, walk: WalkCon
     options = {"radius": walk.radius, "beta": walk.beta, "n_steps": walk.steps, "method": walk.method}
     walked = propagate_to_edge(maps, edge, **options)
     height, width = run.dataset.size(name)
-    scores = walk_scores(walked(height, width, zoom), stride=STRIDE)
+    scores = walk_scores(walked, scaled_size(height, width, zoom), stride=STRIDE)
     return scores if zoom == 1 else F.interpolate(scores, (height, width), mode="bilinear", align_corners=False)
 
 

@@ -1,5 +1,10 @@
 """Losses for weakly supervised semantic segmentation, one file per paper."""
 
+from wsss_losses.advcam import (
+    AntiAdversarialClimbLoss,
+    AntiAdversarialClimbTerms,
+    anti_adversarial_climb_loss,
+)
 from wsss_losses.aeft import (
     AEFTLoss,
     AEFTTerms,
@@ -113,6 +118,14 @@ from wsss_losses.recam import (
     recam_loss,
     sce_reactivation_loss,
 )
+from wsss_losses.reviewkd import (
+    DistillKLLoss,
+    HierarchicalContextLoss,
+    ReviewKDLoss,
+    distill_kl_loss,
+    hierarchical_context_loss,
+    review_kd_loss,
+)
 from wsss_losses.seam import (
     AdaptiveMinPoolingLoss,
     CrossRegularizationTerms,
@@ -164,6 +177,8 @@ __all__ = [
     "AdaptiveMinPoolingLoss",
     "AffinityLoss",
     "AffinityTerms",
+    "AntiAdversarialClimbLoss",
+    "AntiAdversarialClimbTerms",
     "AreaRegularizationLoss",
     "AttentionAffinityLoss",
     "AttentionRegressionLoss",
@@ -183,6 +198,7 @@ __all__ = [
     "CrossRegularizationTerms",
     "DisplacementLoss",
     "DisplacementTerms",
+    "DistillKLLoss",
     "EDAMLoss",
     "EPSLoss",
     "EPSTerms",
@@ -193,6 +209,7 @@ __all__ = [
     "ErasingRepulsionTerms",
     "ForegroundRatioKLLoss",
     "GeneralSpecificConsistencyLoss",
+    "HierarchicalContextLoss",
     "InterPixelRelationLoss",
     "InterPixelRelationTerms",
     "L2GLoss",
@@ -211,6 +228,7 @@ __all__ = [
     "ReCAMLoss",
     "ReCAMTerms",
     "RegionalContrastLoss",
+    "ReviewKDLoss",
     "SEAMLoss",
     "SEAMTerms",
     "SIPELoss",
@@ -228,6 +246,7 @@ __all__ = [
     "aeft_loss",
     "afa_loss",
     "affinity_loss",
+    "anti_adversarial_climb_loss",
     "area_regularization_loss",
     "attention_affinity_loss",
     "attention_regression_loss",
@@ -242,6 +261,7 @@ __all__ = [
     "clims_camera_ready_loss",
     "clims_loss",
     "displacement_loss",
+    "distill_kl_loss",
     "edam_loss",
     "eps_loss",
     "equivariant_cross_regularization_loss",
@@ -250,6 +270,7 @@ __all__ = [
     "erasing_repulsion_loss",
     "foreground_ratio_kl_loss",
     "general_specific_consistency_loss",
+    "hierarchical_context_loss",
     "inter_pixel_relation_loss",
     "l2g_loss",
     "local_to_global_transfer_loss",
@@ -263,6 +284,7 @@ __all__ = [
     "pooled_probability_bce_loss",
     "recam_loss",
     "regional_contrast_loss",
+    "review_kd_loss",
     "saliency_guided_map_loss",
     "sce_reactivation_loss",
     "seam_loss",

@@ -64,18 +64,28 @@ def train_segmentation(
     model = Segmenter(config, num_classes or 1 + len(run.dataset.classes))
     if start_from is not None:
         model.load_state_dict(start_from.state_dict())
-    crops = MaskedCrops(
-        run.dataset, run.train, mask_of, crop_transform(RandomScale(*config.scale), config.crop, model.mean, model.std)
-    )
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
-        logits = F.interpolate(model(batch["image"]), batch["mask"].shape[-2:], mode="bilinear", align_corners=False)
-        labelled = (batch["mask"] != IGNORE).sum().clamp(min=1)
-        return F.cross_entropy(logits, batch["mask"], ignore_index=IGNORE, reduction="sum") / labelled
+        return pixel_loss(model(batch["image"]), batch["mask"])
 
     groups = two_speed_groups(model, model.head_modules, config.schedule)
-    fit(run, stage, model, crops, loss_of, groups, config.schedule)
+    fit(run, stage, model, masked_crops(run, mask_of, config, model), loss_of, groups, config.schedule)
     return model
+
+
+def masked_crops(
+    run: Run, mask_of: Callable[[str], np.ndarray], config: SegmentConfig, model: Segmenter
+) -> MaskedCrops:
+    """Augmented crops of the training images with their masks, normalised as ``model`` wants them."""
+    transform = crop_transform(RandomScale(*config.scale), config.crop, model.mean, model.std)
+    return MaskedCrops(run.dataset, run.train, mask_of, transform)
+
+
+def pixel_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """Cross entropy of logits (B, 1 + K, h, w), enlarged to the mask (B, H, W), over the labelled pixels."""
+    logits = F.interpolate(logits, mask.shape[-2:], mode="bilinear", align_corners=False)
+    labelled = (mask != IGNORE).sum().clamp(min=1)
+    return F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum") / labelled
 
 
 def segment(

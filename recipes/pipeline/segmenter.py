@@ -65,21 +65,26 @@ class DeepLabHead(nn.Module):
 class Segmenter(nn.Module):
     """Images (B, 3, H, W) to logits (B, 1 + K, h, w), with a backbone whose batch norm keeps its stored statistics.
 
-    ``head_modules`` are the layers without pretrained weights; ``mean`` and ``std`` normalise images in [0, 1].
+    ``head_modules`` are the layers without pretrained weights; ``mean`` and ``std`` normalise images in [0, 1]. With
+    DeepLabV3+, ``depth`` (3 to 5) is the number of levels of the encoder, the rest of which is cut off, and
+    ``decoder_channels`` the width of the decoder.
     """
 
-    def __init__(self, config: SegmentConfig, num_classes: int) -> None:
+    def __init__(self, config: SegmentConfig, num_classes: int, *, depth: int = 5, decoder_channels: int = 256) -> None:
         super().__init__()
         self.encoder: nn.Module
         if config.architecture == "deeplabv3plus":
             self.net = smp.DeepLabV3Plus(
                 f"tu-{config.encoder}",
                 encoder_weights=None,
+                encoder_depth=depth,
                 encoder_output_stride=config.output_stride,
+                decoder_channels=decoder_channels,
                 classes=num_classes,
             )
             self.encoder = self.net.encoder
             body = self.encoder.model
+            cut_off(body)
             load_weights(body, config.encoder, config.weights)
             freeze_stages(body, config.frozen_stages)
             self.head_modules = [self.net.decoder, self.net.segmentation_head]
@@ -100,7 +105,22 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)
 
+    def with_levels(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The logits, and the maps of the encoder from fine to coarse."""
+        features = self.encoder(images)
+        if isinstance(features, Features):
+            return self.head_modules[0](features), features.levels
+        logits = self.net.segmentation_head(self.net.decoder(features))
+        return logits, tuple(features[1:])  # the first is the image itself
+
     def train(self, mode: bool = True) -> Segmenter:
         super().train(mode)
         keep_statistics(self.encoder)
         return self
+
+
+def cut_off(body: nn.Module) -> None:
+    """Leave out the blocks of an EfficientNet or MobileNet behind its last level; of other networks timm does so."""
+    stages = [info["stage"] for info in body.feature_info.get_dicts() if "stage" in info]
+    if stages and isinstance(getattr(body, "blocks", None), nn.Sequential):
+        body.blocks = body.blocks[: max(stages)]

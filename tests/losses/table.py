@@ -385,6 +385,28 @@ def _attention_maps(situation: str) -> tuple[Tensor, Tensor]:
     return maps, seen.clamp(min=0) * labels[:, :, None, None]
 
 
+def _climbers(situation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Class scores of two views, maps before and after a climb, and classes; nobody climbs where all is ignored."""
+    climbers = {"all_ignored": 0, "batch_1": 1, "smallest": 1}.get(situation, 2)
+    cells = (1, 1) if situation == "smallest" else (3, 4)
+    cam, initial = (random(climbers, *cells, seed=seed).abs() for seed in (2, 3))
+    index = torch.tensor([1, 3])[:climbers]
+    return random(climbers, 2, 4, *cells, seed=1), cam * (situation != "no_label"), initial, index
+
+
+def _student_and_teacher(situation: str) -> tuple[Tensor, Tensor]:
+    """Feature maps; no image at all where all is ignored, equal ones where there is no label."""
+    images = {"all_ignored": 0, "batch_1": 1}.get(situation, 2)
+    student = random(images, 3, *((1, 1) if situation == "smallest" else (5, 6)), seed=1)
+    return student, student.clone() if situation == "no_label" else random(*student.shape, seed=2)
+
+
+def _two_logits(situation: str) -> tuple[Tensor, Tensor]:
+    images = {"all_ignored": 0, "batch_1": 1}.get(situation, 2)
+    student = random(images, 1 if situation == "smallest" else 4, seed=1)
+    return student, random(*student.shape, seed=2)
+
+
 PAIR_OPTIONS = {"radius": 3}
 FULL_BORDER = {"radius": 4, "border": "full", "num_classes": 2}
 
@@ -803,5 +825,33 @@ CASES = (
         sync=True,
         constants=5,
         data_dependent="the number of pairs of an image and a class depends on the labels",
+    ),
+    LossCase(
+        losses.anti_adversarial_climb_loss,
+        losses.AntiAdversarialClimbLoss,
+        _climbers,
+        predictions=2,
+        varies=({"ad_coeff": 0.5, "threshold": 0.2, "reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.hierarchical_context_loss,
+        losses.HierarchicalContextLoss,
+        _student_and_teacher,
+        zero_in=("all_ignored", "no_label"),
+        varies=({"levels": (3, 2), "decay": 2.0, "reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.distill_kl_loss,
+        losses.DistillKLLoss,
+        _two_logits,
+        zero_in=("all_ignored", "smallest"),  # the only class there is
+        varies=({"temperature": 1.0, "reduction": "sum"}, {"reduction": "none"}),
+    ),
+    LossCase(
+        losses.review_kd_loss,
+        losses.ReviewKDLoss,
+        lambda situation: (*_student_and_teacher(situation), 8.0),
+        zero_in=("all_ignored", "no_label"),
+        varies=({"weight": 5.0, "warmup": 0.0, "levels": (2, 1), "decay": 0.25},),
     ),
 )

@@ -1,4 +1,4 @@
-"""Images moved along the gradient of a classifier's scores: the step of W-OoD.
+"""The step of W-OoD: images moved along the gradient of their strongest class.
 
 Axes: B images, K foreground classes, H W pixels.
 """
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from wsss_modules._checks import check_floating, check_ndim, check_shape
-from wsss_modules._distributed import max_over_processes
-from wsss_modules._precision import at_least_float32
+from wsss_modules.climbing.step import anti_adversarial_step
 
 __all__ = ["gradient_climb", "top_logit_gradient"]
 
@@ -68,7 +67,7 @@ def gradient_climb(
 
     .. math:: x' = \mathrm{clamp}(x + s \, g / (\max |g| + \epsilon), \ \min x, \ \max x)
 
-    with g of `top_logit_gradient`. The entry with the largest gradient moves by s, most others by far less.
+    with g of `top_logit_gradient`; see `anti_adversarial_step`.
 
     Args:
         model: From images to logits (B, K); see `top_logit_gradient`.
@@ -107,11 +106,4 @@ def gradient_climb(
     if scope not in ("batch", "image"):
         raise ValueError(f'scope: expected "batch" or "image", got {scope!r}')
     gradient = top_logit_gradient(model, images)
-    if images.numel() == 0:
-        return images.detach().clone()
-    axes = (0, 1, 2, 3) if scope == "batch" else (1, 2, 3)
-    x = at_least_float32(images.detach())
-    gradient = gradient.to(x.dtype)
-    extremes = torch.stack([value.amax(axes, keepdim=True) for value in (gradient.abs(), x, -x)])
-    steepest, highest, minus_lowest = max_over_processes(extremes, sync and scope == "batch").unbind()
-    return (x + step * gradient / (steepest + eps)).clamp(-minus_lowest, highest).to(images.dtype)
+    return anti_adversarial_step(images, gradient, step, scope=scope, eps=eps, sync=sync)

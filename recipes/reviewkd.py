@@ -1,0 +1,257 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["wsss[recipes,weights]"]
+# ///
+"""ReviewKD: Distilling Knowledge via Knowledge Review (Chen et al., CVPR 2021), on pseudo masks.
+
+A segmentation network trained on pseudo masks teaches a smaller one. The student's maps, each fused with all deeper
+ones, are to become the teacher's, so that a shallow map of the teacher also teaches deeper stages of the student. The
+fusion is dropped after the training. The student is trained twice from the same start, alone and under the teacher.
+
+    python -m recipes run reviewkd                                  # built-in demo data, two CPU cores
+    python -m recipes run reviewkd --reuse runs/cam-demo-s0         # with the classifier and the CAMs of a finished run
+    python -m recipes run reviewkd --preset paper --data voc:PATH
+
+ReviewKD was published for classification and detection; there is no published setting for segmentation, and all of
+them here are ours: maps of the encoders at strides 4 and up, the weight 1 of ImageNet and detection with a warm-up, and
+masks from CAMs and the dense CRF. The teacher is in eval mode and without gradients. The authors take maps before the
+activation that ends a stage; here they are what the encoder gives, which is that for EfficientNet, not for ResNet.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recipes.cli import run_recipe
+from recipes.pipeline.cams import CamConfig, write_cams
+from recipes.pipeline.classification import ClassifyConfig, train_classifier
+from recipes.pipeline.labels import measure_cams, measure_masks, read_mask, refine_masks, threshold_mask, write_masks
+from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
+from recipes.pipeline.report import finish
+from recipes.pipeline.run import Run, RunConfig, start
+from recipes.pipeline.segmentation import (
+    SegmentConfig,
+    Segmenter,
+    masked_crops,
+    pixel_loss,
+    segment,
+    train_segmentation,
+)
+from recipes.pipeline.training import Moment, fit, two_speed_groups
+from wsss_losses import review_kd_loss
+from wsss_modules import ReviewDistiller, teacher_features
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The student and its distillation."""
+
+    network: SegmentConfig = field(default_factory=lambda: replace(SEGMENT["demo"], frozen_stages=0))
+    """The student and its training."""
+    depth: int = 4
+    """Levels of its encoder, 3 to 5; with 4 the last stages are cut off, which hold most of the weights."""
+    decoder_channels: int = 64
+    """Width of its decoder; the teacher's has 256."""
+    mid_channels: int = 64
+    """Channels in which maps are fused."""
+    weight: float = 1.0
+    """Weight of the distillation."""
+    warmup: float = 0.05
+    """Share of the steps in which it grows."""
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of a run."""
+
+    classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
+    cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
+    threshold: float = 0.25
+    """Background score: a pixel whose CAMs are all below is background."""
+    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
+    """The teacher."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+
+
+class Teacher(nn.Module):
+    """The maps of a trained network, ``stages`` of them, for images normalised as the student wants them.
+
+    Each is divided by its root mean square. The scale of a map is its network's own affair (that of EfficientNet-Lite0
+    would weigh fifty times as much as the cross entropy); published weights are for maps of about unit size.
+    """
+
+    def __init__(self, network: Segmenter, student: Segmenter, stages: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.stages = network, stages
+        scale = [theirs / ours for theirs, ours in zip(student.std, network.std, strict=True)]
+        shift = [(a - b) / s for a, b, s in zip(student.mean, network.mean, network.std, strict=True)]
+        self.register_buffer("scale", torch.tensor(scale).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(shift).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        levels = self.network.with_levels(images * self.scale + self.shift)[1]
+        maps = [levels[stage] for stage in self.stages]
+        return [x / x.square().mean().sqrt().clamp(min=1e-6) for x in maps]
+
+
+class Reviewed(nn.Module):
+    """A student with the fusion of its maps at ``stages``, which is needed in training only."""
+
+    def __init__(self, student: Segmenter, stages: Sequence[int], distiller: ReviewDistiller) -> None:
+        super().__init__()
+        self.student, self.stages, self.distiller = student, stages, distiller
+
+    def forward(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
+        logits, levels = self.student.with_levels(images)
+        return logits, self.distiller([levels[stage] for stage in self.stages], sizes)
+
+
+class Terms(NamedTuple):
+    total: Tensor
+    segmentation: Tensor
+    distillation: Tensor
+
+
+@torch.no_grad()
+def meeting_stages(student: Segmenter, teacher: Segmenter) -> tuple[dict[int, int], list[int], list[int]]:
+    """Which stage of the teacher meets which of the student, and the channels of both.
+
+    All stages of the student from stride 4 on that the teacher has the stride of; where there are several of a stride,
+    the deepest meets the deepest.
+    """
+    shapes = []
+    for network in (student, teacher):
+        was_training, image = network.training, torch.zeros(1, 3, 64, 64, device=next(network.parameters()).device)
+        shapes.append([tuple(level.shape[1:3]) for level in network.eval().with_levels(image)[1]])
+        network.train(was_training)
+    of_student, of_teacher = shapes
+    pairs: dict[int, int] = {}
+    for side in {side for _, side in of_student if side <= 16}:
+        ours, theirs = ([stage for stage, (_, s) in enumerate(of) if s == side][::-1] for of in shapes)
+        if theirs:
+            pairs |= {stage: theirs[min(place, len(theirs) - 1)] for place, stage in enumerate(ours)}
+    if not pairs:
+        raise ValueError(f"student: expected maps of the teacher's sizes, got {of_student} and {of_teacher}")
+    pairs = dict(sorted(pairs.items()))
+    return pairs, [of_student[stage][0] for stage in pairs], [of_teacher[stage][0] for stage in pairs.values()]
+
+
+def new_student(run: Run, config: StudentConfig) -> Segmenter:
+    """The student as it starts, always the same."""
+    weights = "random" if run.config.max_steps is not None else config.network.weights
+    torch.manual_seed(run.derived_seed("student"))
+    network = replace(config.network, weights=weights)
+    classes = 1 + len(run.dataset.classes)
+    return Segmenter(network, classes, depth=config.depth, decoder_channels=config.decoder_channels)
+
+
+def train_student(run: Run, student: Segmenter, teacher: Segmenter | None, config: StudentConfig, stage: str) -> None:
+    """On the masks that the teacher learnt from, alone or with the teacher's maps besides."""
+    network, crops = (
+        config.network,
+        masked_crops(run, lambda name: read_mask(run, name, "mask_crf"), config.network, student),
+    )
+    if teacher is None:
+
+        def alone(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
+            return pixel_loss(model(batch["image"]), batch["mask"])
+
+        groups = two_speed_groups(student, student.head_modules, network.schedule)
+        fit(run, stage, student, crops, alone, groups, network.schedule)
+        return
+
+    pairs, of_student, of_teacher = meeting_stages(student, teacher)
+    distiller = ReviewDistiller(of_student, of_teacher, config.mid_channels)
+    guide = Teacher(teacher, student, list(pairs.values())).to(run.fabric.device)
+
+    def distilled(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Terms:
+        wanted = teacher_features(guide, batch["image"])
+        logits, maps = model(batch["image"], [x.shape[-2:] for x in wanted])
+        task = pixel_loss(logits, batch["mask"])
+        warmup = config.warmup * at.steps
+        distance = review_kd_loss(maps, wanted, at.step, weight=config.weight, warmup=warmup)
+        return Terms(task + distance, task, distance)
+
+    model = Reviewed(student, list(pairs), distiller)
+    groups = two_speed_groups(model, [*student.head_modules, distiller], network.schedule)
+    fit(run, stage, model, crops, distilled, groups, network.schedule)
+
+
+def measure_student(run: Run, student: Segmenter, config: SegmentConfig, folder: str, what: str) -> None:
+    segment(run, student.eval(), run.val or run.train, config, folder)
+    measure_masks(run, folder, what)
+
+
+# A student whose decoder is as wide as the teacher's would cost as much. It learns all of its layers, since its shallow
+# ones would otherwise be the teacher's own: both start from ImageNet with the same backbone in the short presets.
+PRESETS = {
+    "demo": Config(),
+    "small": Config(
+        classify=CLASSIFY["small"],
+        cams=CAMS["small"],
+        segment=SEGMENT["small"],
+        student=StudentConfig(network=replace(SEGMENT["small"], frozen_stages=0)),
+    ),
+    "paper": Config(
+        classify=CLASSIFY["paper"],
+        cams=CAMS["paper"],
+        threshold=0.15,
+        segment=SEGMENT["paper"],
+        student=StudentConfig(
+            network=replace(SEGMENT["paper"], architecture="deeplabv3plus", encoder="resnet18", crop=320, crf=False),
+            depth=5,
+            mid_channels=256,
+        ),
+    ),
+    "tiny": Config(
+        data="demo:tiny",
+        classify=CLASSIFY["tiny"],
+        cams=CAMS["tiny"],
+        segment=SEGMENT["tiny"],
+        student=StudentConfig(network=replace(SEGMENT["tiny"], frozen_stages=0), mid_channels=16),
+    ),
+}
+
+
+def main(config: Config) -> dict:
+    run = start("reviewkd", config)
+
+    with run.stage("classify", "Classifier from tags"):
+        classifier = train_classifier(run, config.classify)
+
+    with run.stage("cams", "Class activation maps"):
+        write_cams(run, classifier, run.train + run.val, config.cams)
+        measure_cams(run, config.threshold)
+
+    with run.stage("masks", "Masks: threshold, and a dense CRF"):
+        write_masks(run, run.train, lambda name: threshold_mask(run, name, config.threshold))
+        refine_masks(run, everywhere=True)
+
+    with run.stage("segment", "Teacher from the masks"):
+        teacher = train_segmentation(run, lambda name: read_mask(run, name, "mask_crf"), config.segment)
+        measure_student(run, teacher, config.segment, "segmentation", "segmentation")
+
+    network = config.student.network
+    with run.stage("student", "Student alone"):
+        alone = new_student(run, config.student)
+        train_student(run, alone, None, config.student, "student")
+        measure_student(run, alone, network, "student", "student alone")
+
+    with run.stage("distil", "Student under the teacher"):
+        distilled = new_student(run, config.student)
+        train_student(run, distilled, teacher, config.student, "distil")
+        measure_student(run, distilled, network, "distilled", "student distilled")
+        weights = {"teacher": teacher, "student": distilled}
+        run.record(parameters={name: sum(p.numel() for p in net.parameters()) for name, net in weights.items()})
+
+    return finish(run)
+
+
+if __name__ == "__main__":
+    run_recipe(sys.modules[__name__])
