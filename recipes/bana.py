@@ -283,6 +283,7 @@ PRESETS = {
 def main(config: Config) -> dict:
     run = start("bana", config, takes=())
     boxes = read_boxes(run.dataset, run.train, config.boxes, optional=run.val)
+    run.dataset = boxes.noted_in(run.dataset)
     run.record(supervision=boxes.supervision)
 
     with run.stage("boxes", "Classifier of boxes without their background"):

@@ -248,6 +248,7 @@ PRESETS = {
 def main(config: Config) -> dict:
     run = start("bbam", config, takes=())
     boxes = read_boxes(run.dataset, run.train, config.boxes, optional=run.val)
+    run.dataset = boxes.noted_in(run.dataset)
     run.record(supervision=boxes.supervision)
 
     with run.stage("detector", "Detector from boxes"):

@@ -21,16 +21,21 @@ from wsss_modules import background_aware_pooling, background_mask_from_boxes, b
 
 def labels(size: int, channels: int, repeat: int) -> list[Timing]:
     generator = torch.Generator().manual_seed(0)
-    features = torch.rand(channels, size // 8, size // 8, generator=generator)
     weight = torch.randn(21, channels, generator=generator)
-    s = size // 16
+    s, cells = size // 16, size // 8
     boxes = torch.tensor([[s, s, 9 * s, 10 * s], [6 * s, 4 * s, 15 * s, 15 * s], [2 * s, 9 * s, 5 * s, 14 * s]])
     classes = torch.tensor([8, 15, 8])
+    kind = torch.zeros(cells, cells, dtype=torch.int64)  # pure noise would leave every label to rounding
+    for (x1, y1, x2, y2), label in zip((boxes // 8).tolist(), classes.tolist(), strict=True):
+        kind[y1 + 1 : y2 - 1, x1 + 2 : x2 - 2] = label
+    features = (weight[kind] + 0.5 * torch.randn(cells, cells, channels, generator=generator)).relu().permute(2, 0, 1)
     ours = partial(box_pseudo_labels, features, weight, boxes, classes, (size, size))
     naive = partial(full_size_labels, features, weight, boxes, classes, (size, size))
     found, expected = ours(), naive()
     for name in ("scores", "correlation"):
-        torch.testing.assert_close(getattr(found, name), expected[name], rtol=1e-3, atol=1e-4)
+        # the threshold on the attention is hard: rounding decides 2 of 262,144 pixels at the default sizes
+        same = torch.isclose(getattr(found, name), expected[name], rtol=1e-3, atol=1e-4)
+        assert same.float().mean() > 0.9999, name
     for name in ("y_crf", "y_ret"):
         assert (getattr(found, name) == expected[name]).float().mean() > 0.9999
     del found, expected

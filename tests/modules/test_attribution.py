@@ -76,6 +76,17 @@ def test_an_image_for_each_object_is_the_same_as_one_for_all() -> None:
     torch.testing.assert_close(explain(image().expand(3, -1, -1, -1), PROPOSALS, CLASSES, MASKS), shared)
 
 
+def test_masks_of_half_precision_images_take_full_steps() -> None:
+    def detector(images: Tensor, proposals: Tensor) -> tuple[Tensor, Tensor]:
+        assert images.dtype == torch.bfloat16
+        return tuple(x.to(torch.bfloat16) for x in linear_detector(images.float(), proposals))
+
+    explain = BoundingBoxAttributionMap(detector, steps=10, lr=1e-3, area=0.5)
+    found = explain(image().bfloat16(), PROPOSALS[:1], CLASSES[:1], [torch.full((1, 6, 6), 0.9)])[0]
+    assert found.dtype == torch.float32
+    assert (found < 0.9).all()
+
+
 def test_weights_get_no_gradient_and_starting_masks_stay() -> None:
     detector = Detector()
     before = [mask.clone() for mask in MASKS]

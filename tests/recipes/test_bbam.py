@@ -128,6 +128,7 @@ def test_true_instances_are_told_apart_by_boxes_or_not_at_all(tmp_path: Path) ->
 @pytest.mark.slow
 def test_the_mask_head_leaves_the_detector_alone_and_out_of_its_checkpoint(run: Run, detector: Detector) -> None:
     head = MaskHead(detector, 6, 8)
+    detector.zero_grad()
     assert all(name.startswith("layers.") for name in head.state_dict())
     boxes = torch.tensor([[0, 5, 5, 60, 60], [1, 30, 20, 90, 90]]).float()
     head(torch.randn(2, 3, 96, 96), boxes).sum().backward()

@@ -32,6 +32,7 @@ def test_boxes_come_from_the_annotations_and_say_so(demo: ImageSet) -> None:
 def test_boxes_made_from_masks_are_asked_for_by_name_and_say_so(demo: ImageSet) -> None:
     boxes = read_boxes(demo, demo.train, "components_of_masks")
     assert "masks" in boxes.supervision
+    assert boxes.supervision in boxes.noted_in(demo).notes[-1]
     for name in demo.train:
         mask = demo.mask(name)
         covered = np.zeros(mask.shape, dtype=bool)

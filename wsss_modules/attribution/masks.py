@@ -288,7 +288,7 @@ class BoundingBoxAttributionMap(nn.Module):
             callback: Called with each `AttributionStep`, for progress; True stops.
 
         Returns:
-            n masks (1, h, w) in [0, 1], detached.
+            n masks (1, h, w) in [0, 1], detached, in the dtype of ``image``, at least float32.
 
         Raises:
             TypeError: ``image`` is not floating point, ``classes`` not of integers.
@@ -326,7 +326,8 @@ class BoundingBoxAttributionMap(nn.Module):
         )
         if not (classes.min() >= 0 and classes.max() < clean[0].shape[1]):
             raise ValueError(f"classes: expected 0..{clean[0].shape[1] - 1}, got {classes.tolist()}")
-        leaves = [mask.detach().to(images).clone().requires_grad_() for mask in masks]
+        dtype = torch.promote_types(images.dtype, torch.float32)  # steps of Adam are lost in half precision
+        leaves = [mask.detach().to(images.device, dtype).clone().requires_grad_() for mask in masks]
         optimizer = torch.optim.Adam(leaves, lr=self.lr)
         for step in range(1, self.steps + 1):
             with torch.enable_grad():

@@ -6,7 +6,7 @@ A row is the class index 1..K, then x1, y1, x2, y2 in half-open pixels, as `Imag
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -48,6 +48,10 @@ class Boxes:
     def supervision(self) -> str:
         """What a run with these boxes was given."""
         return SUPERVISION[self.origin]
+
+    def noted_in(self, dataset: ImageSet) -> ImageSet:
+        """The data set with a note of this supervision, which the report shows."""
+        return replace(dataset, notes=(*dataset.notes, f"Supervision: {self.supervision}."))
 
     def tensors(self, name: str) -> tuple[Tensor, Tensor]:
         """Corners (n, 4) float32 and classes (n,) int64 of an image."""
