@@ -37,7 +37,8 @@ from recipes.pipeline.models import Classifier
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, start
-from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.segmentation import segmentation_from_masks
+from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.views import image_tensor, views
 from wsss_modules import AdvCAM
 

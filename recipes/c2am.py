@@ -42,12 +42,8 @@ from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, start
 from recipes.pipeline.saliency import is_object, measure_saliency, read_saliency, save_saliency
-from recipes.pipeline.segmentation import (
-    SegmentConfig,
-    segmentation_from_masks,
-    segmentation_probabilities,
-    train_segmentation,
-)
+from recipes.pipeline.segmentation import segmentation_from_masks, segmentation_probabilities, train_segmentation
+from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import Moment, Schedule, TaggedCrops, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, views
 from wsss_losses import C2AMLoss

@@ -27,7 +27,8 @@ from recipes.pipeline.labels import measure_cams, refine_masks, threshold_mask, 
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import RunConfig, start
-from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.segmentation import segmentation_from_masks
+from recipes.pipeline.segmenter import SegmentConfig
 
 
 @dataclass(frozen=True)

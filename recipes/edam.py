@@ -41,7 +41,8 @@ from recipes.pipeline.presets import CAMS, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, start
 from recipes.pipeline.saliency import saliency_source
-from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.segmentation import segmentation_from_masks
+from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import (
     Moment,
     RandomLongSide,

@@ -40,7 +40,8 @@ from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, start
 from recipes.pipeline.saliency import SaliencyCrops, saliency_source
-from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.segmentation import segmentation_from_masks
+from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import Moment, RandomLongSide, Schedule, crop_transform, fit, two_speed_groups
 from wsss_losses import EPSLoss, EPSTerms
 from wsss_modules import BackgroundAwareCAMHead

@@ -34,7 +34,8 @@ from recipes.pipeline.models import Trunk, build_trunk
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, replacing, save_arrays, start
-from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.segmentation import segmentation_from_masks
+from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import (
     MaskedCrops,
     Moment,

@@ -45,13 +45,8 @@ from recipes.pipeline.presets import SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, start
 from recipes.pipeline.saliency import saliency_source
-from recipes.pipeline.segmentation import (
-    SegmentConfig,
-    Segmenter,
-    segment,
-    segmentation_from_masks,
-    train_segmentation,
-)
+from recipes.pipeline.segmentation import segment, segmentation_from_masks, train_segmentation
+from recipes.pipeline.segmenter import SegmentConfig, Segmenter
 from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, view
 from wsss_losses import AttentionRegressionLoss

@@ -40,7 +40,8 @@ from recipes.pipeline.presets import CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, start
 from recipes.pipeline.saliency import saliency_source
-from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.segmentation import segmentation_from_masks
+from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, view
 from wsss_losses import RegionalContrastLoss

@@ -36,7 +36,8 @@ from recipes.pipeline.models import Classifier
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, start
-from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.segmentation import segmentation_from_masks
+from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
 from wsss_losses import recam_loss
 from wsss_modules import ReCAMHead, ReCAMOutput

@@ -35,14 +35,8 @@ from recipes.pipeline.labels import measure_cams, measure_masks, read_mask, refi
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, start
-from recipes.pipeline.segmentation import (
-    SegmentConfig,
-    Segmenter,
-    masked_crops,
-    pixel_loss,
-    segment,
-    train_segmentation,
-)
+from recipes.pipeline.segmentation import masked_crops, pixel_loss, segment, train_segmentation
+from recipes.pipeline.segmenter import SegmentConfig, Segmenter
 from recipes.pipeline.training import Moment, fit, two_speed_groups
 from wsss_losses import review_kd_loss
 from wsss_modules import ReviewDistiller, teacher_features

@@ -37,7 +37,8 @@ from recipes.pipeline.models import Trunk
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, save_arrays, start
-from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.segmentation import segmentation_from_masks
+from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import Moment, RandomScale, Schedule, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, view
 from wsss_losses import AffinityLoss

@@ -41,7 +41,8 @@ from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, save_arrays, start
-from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.segmentation import segmentation_from_masks
+from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, scaled_size, views
 from wsss_losses import ForegroundRatioKLLoss, SpatialBCELoss, SpatialBCEThresholdLoss

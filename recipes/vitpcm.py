@@ -40,7 +40,8 @@ from recipes.pipeline.labels import measure_cams, measure_masks, threshold_mask,
 from recipes.pipeline.presets import SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, start
-from recipes.pipeline.segmentation import SegmentConfig, segmentation_from_masks
+from recipes.pipeline.segmentation import segmentation_from_masks
+from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import (
     AdamSchedule,
     Moment,

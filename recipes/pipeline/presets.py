@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from recipes.pipeline.cams import CamConfig
 from recipes.pipeline.classification import ClassifyConfig
-from recipes.pipeline.segmentation import SegmentConfig
+from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import Schedule
 
 CLASSIFY = {

@@ -9,7 +9,7 @@ import torch
 from recipes import reviewkd
 from recipes.pipeline.labels import write_masks
 from recipes.pipeline.run import Run, start
-from recipes.pipeline.segmentation import Segmenter
+from recipes.pipeline.segmenter import Segmenter
 
 TINY = reviewkd.PRESETS["tiny"].student
 STUDENT = replace(TINY, network=replace(TINY.network, weights="random"))
