@@ -122,6 +122,7 @@ from wsss_modules.climbing import (
 from wsss_modules.cosine_classifier import (
     CosineClassifier,
     cosine_logits,
+    label_confidence,
 )
 from wsss_modules.dense_crf import (
     DEEPLAB_CRF,
@@ -496,6 +497,7 @@ __all__ = [
     "keep_strongest",
     "kmeans",
     "kmeans_prototypes",
+    "label_confidence",
     "labels_to_affinity",
     "local_window_mask",
     "map_to_tokens",
