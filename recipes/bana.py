@@ -229,10 +229,9 @@ def train_segmentation(run: Run, config: Config) -> CosineSegmenter:
 
     def loss_of(network: nn.Module, batch: dict[str, Tensor], at: Moment) -> NoiseAwareTerms:
         y_crf, y_ret = batch["mask"].unbind(1)
-        terms = noise_aware_loss(
+        return noise_aware_loss(
             network(batch["image"]) / config.temperature, fuse_labels(y_crf, y_ret), y_crf, **options
         )
-        return terms._replace(confidence=terms.confidence.mean())  # the curve shows one number
 
     groups = two_speed_groups(model, model.head_modules, settings.schedule)
     fit(run, "segment", model, TwoLabelCrops(run, transform), loss_of, groups, settings.schedule)

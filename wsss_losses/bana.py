@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wsss_modules import label_confidence
 from wsss_modules._checks import check_floating, check_integer, check_ndim, check_shape
 from wsss_modules._distributed import sum_over_processes
 from wsss_modules._precision import at_least_float32
 
 
 class NoiseAwareTerms(NamedTuple):
-    """``total = trusted + lam * noisy``, scalars, and ``confidence`` (B, H, W), 0 outside the unreliable pixels."""
+    """``total = trusted + lam * noisy``, scalars."""
 
     total: Tensor
     trusted: Tensor
     noisy: Tensor
-    confidence: Tensor
 
 
 def noise_aware_loss(
@@ -44,7 +44,8 @@ def noise_aware_loss(
         \in U} \sigma_p}, \qquad \sigma_p = \Big( \frac{D_{y^{crf}}}{\max_c D_c} \Big)^\gamma, \quad D_c = 1 + l_c
 
     with ce the cross-entropy of :math:`\tau l`, S the pixels of ``y_fused`` that have a label, and U those that have
-    none there but one in ``y_crf``. A pixel whose feature is as near to the class of ``y_crf`` as to any counts fully.
+    none there but one in ``y_crf``. A pixel whose feature is as near to the class of ``y_crf`` as to any counts fully:
+    sigma is :func:`wsss_modules.label_confidence`.
 
     Args:
         cosine: l, (B, C, h, w) floating point in [-1, 1]; resized to the labels, bilinear with aligned corners. See
@@ -60,7 +61,7 @@ def noise_aware_loss(
         sync: take sums and counts over all processes of a distributed run.
 
     Returns:
-        The total, both terms and the confidence, in the dtype of ``cosine``. A term without pixels, or without
+        The total and both terms, in the dtype of ``cosine``. A term without pixels, or without
         confidence, is 0.
 
     Raises:
@@ -84,8 +85,8 @@ def noise_aware_loss(
         >>> from wsss_losses import noise_aware_loss
         >>> cosine = torch.tensor([0.5, 0.2]).view(1, 2, 1, 1).expand(1, 2, 1, 2)
         >>> terms = noise_aware_loss(cosine, torch.tensor([[[0, 255]]]), torch.tensor([[[0, 1]]]), temperature=1.0)
-        >>> terms.trusted, terms.noisy, terms.confidence
-        (tensor(0.5544), tensor(0.8544), tensor([[[0.0000, 0.2097]]]))
+        >>> terms.trusted, terms.noisy
+        (tensor(0.5544), tensor(0.8544))
     """
     _check_options(gamma, lam)
     check_ndim("cosine", cosine, 4, "(B, C, h, w)")
@@ -103,15 +104,9 @@ def noise_aware_loss(
         known = trusted | unsure
         label = torch.where(known, torch.where(trusted, y_fused, y_crf), 0).long()
         cost = F.cross_entropy(temperature * scores, label, reduction="none")
-        distance = (1 + scores).clamp(min=0)  # rounding may step below -1
-        nearest = distance.max(1).values
-        own = distance.gather(1, label[:, None])[:, 0]
-        possible = unsure & (nearest > 0)
-        ratio = torch.where(possible, own, 0.0) / torch.where(possible, nearest, 1.0)
-        positive = ratio > 0  # at 0 the slope of a power below 1 is infinite
-        sigma = torch.where(positive, torch.where(positive, ratio, 1.0) ** gamma, 0.0**gamma)
-        sigma = torch.where(unsure, sigma, 0.0)
-        confidence = sigma
+        sigma = label_confidence(
+            scores, torch.where(unsure, y_crf, ignore_index), gamma=gamma, ignore_index=ignore_index
+        )
         if detach_confidence:
             sigma = sigma.detach()
         sums = torch.stack([torch.where(trusted, cost, 0.0).sum(), (sigma * cost).sum(), sigma.sum()])
@@ -119,7 +114,7 @@ def noise_aware_loss(
         count = sum_over_processes(trusted.sum().to(scores.dtype), sync)
         first = trusted_sum / count.clamp(min=1)
         noisy = torch.where(mass > 0, noisy_sum, 0.0) / torch.where(mass > 0, mass, 1.0)
-        terms = first + lam * noisy, first, noisy, confidence.detach()
+        terms = first + lam * noisy, first, noisy
     return NoiseAwareTerms(*(term.to(cosine.dtype) for term in terms))
 
 
@@ -160,7 +155,7 @@ class NoiseAwareLoss(nn.Module):
         self.detach_confidence, self.ignore_index, self.sync = detach_confidence, ignore_index, sync
 
     def forward(self, cosine: Tensor, y_fused: Tensor, y_crf: Tensor) -> NoiseAwareTerms:
-        """Cosines and both labels -> total, terms and confidence."""
+        """Cosines and both labels -> total and terms."""
         return noise_aware_loss(
             cosine,
             y_fused,

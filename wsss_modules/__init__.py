@@ -130,6 +130,7 @@ from wsss_modules.climbing import (
 from wsss_modules.cosine_classifier import (
     CosineClassifier,
     cosine_logits,
+    label_confidence,
 )
 from wsss_modules.crops import (
     corner_and_random_boxes,
@@ -574,6 +575,7 @@ __all__ = [
     "keep_strongest",
     "kmeans",
     "kmeans_prototypes",
+    "label_confidence",
     "labels_to_affinity",
     "linear_head_regions",
     "local_attention_target",

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wsss_modules._checks import check_floating, check_ndim
+from wsss_modules._checks import check_floating, check_integer, check_ndim, check_shape
 from wsss_modules._precision import at_least_float32
 
-__all__ = ["CosineClassifier", "cosine_logits"]
+__all__ = ["CosineClassifier", "cosine_logits", "label_confidence"]
 
 
 def cosine_logits(
@@ -65,6 +65,53 @@ def cosine_logits(
         if size is not None:
             cosine = F.interpolate(cosine, size, mode="bilinear", align_corners=True)
         return cosine.to(features.dtype)
+
+
+def label_confidence(cosine: Tensor, label: Tensor, *, gamma: float = 7.0, ignore_index: int = 255) -> Tensor:
+    r"""How near each pixel's feature is to the class of its label, beside the nearest class.
+
+    .. math:: \sigma = \Big( \frac{1 + l_y}{\max_c (1 + l_c)} \Big)^\gamma
+
+    Args:
+        cosine: l, (B, C, H, W) floating point in [-1, 1].
+        label: y, (B, H, W) integers 0..C-1, or ``ignore_index``.
+        gamma: exponent, at least 0.
+        ignore_index: value of pixels without a label.
+
+    Returns:
+        (B, H, W) in [0, 1], in the dtype of ``cosine``; 0 without a label, and where the feature is opposite to every
+        class (1 there if ``gamma`` is 0). It has a gradient, through both parts of the quotient.
+
+    Raises:
+        TypeError: ``cosine`` is not floating point, ``label`` not of integers.
+        ValueError: shapes don't match, or a negative ``gamma``.
+
+    Paper:
+        Oh, Kim and Ham, CVPR 2021, arXiv:2104.00905, section 3.3.
+
+    Notes:
+        Compiles with ``fullgraph=True``. Of several nearest classes the first receives the gradient.
+
+    Example:
+        >>> cosine = torch.tensor([0.5, 0.2]).view(1, 2, 1, 1).expand(1, 2, 1, 3)
+        >>> label_confidence(cosine, torch.tensor([[[0, 1, 255]]]), gamma=1.0)
+        tensor([[[1.0000, 0.8000, 0.0000]]])
+    """
+    check_ndim("cosine", cosine, 4, "(B, C, H, W)")
+    check_floating("cosine", cosine)
+    check_shape("label", label, (len(cosine), *cosine.shape[2:]), "to match cosine")
+    check_integer("label", label, "did you pass scores?")
+    if gamma < 0:
+        raise ValueError(f"gamma: expected at least 0, got {gamma}")
+    distance = (1 + at_least_float32(cosine)).clamp(min=0)  # rounding may step below -1
+    nearest = distance.max(1).values
+    known = label != ignore_index
+    own = distance.gather(1, torch.where(known, label, 0).long()[:, None])[:, 0]
+    possible = known & (nearest > 0)
+    ratio = torch.where(possible, own, 0.0) / torch.where(possible, nearest, 1.0)
+    positive = ratio > 0  # at 0 the slope of a power below 1 is infinite
+    sigma = torch.where(positive, torch.where(positive, ratio, 1.0) ** gamma, 0.0**gamma)
+    return torch.where(known, sigma, 0.0).to(cosine.dtype)
 
 
 class CosineClassifier(nn.Module):

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from wsss_losses import NoiseAwareLoss, noise_aware_loss
-from wsss_modules import CosineClassifier, cosine_logits, fuse_labels
+from wsss_modules import CosineClassifier, cosine_logits, fuse_labels, label_confidence
 
 
 def case(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,15 +80,14 @@ def test_features_opposite_to_every_class_have_no_confidence_and_stay_finite(gam
     assert (terms.noisy == 0) == (gamma > 0)
 
 
-@given(st.integers(0, 99))
-def test_confidence_is_a_share_and_whole_where_the_prediction_agrees(seed: int) -> None:
-    cosine, fused, y_crf = case(seed)
-    confidence = noise_aware_loss(cosine, fused, y_crf).confidence
-    unsure = (fused == 255) & (y_crf != 255)
-    assert not confidence[~unsure].any()
+@given(st.integers(0, 99), st.sampled_from([0.0, 0.5, 7.0]))
+def test_confidence_is_a_share_and_whole_where_the_prediction_agrees(seed: int, gamma: float) -> None:
+    cosine, _, y_crf = case(seed)
+    confidence, known = label_confidence(cosine, y_crf, gamma=gamma), y_crf != 255
+    assert not confidence[~known].any()
     assert ((confidence >= 0) & (confidence <= 1)).all()
-    assert (confidence[unsure & (cosine.argmax(1) == y_crf)] == 1).all()
-    assert (confidence[unsure & (cosine.argmax(1) != y_crf)] < 1).all()
+    assert (confidence[known & (cosine.argmax(1) == y_crf)] == 1).all()
+    assert ((confidence[known & (cosine.argmax(1) != y_crf)] < 1) == (gamma > 0)).all()
 
 
 def test_gamma_0_is_a_plain_mean() -> None:
@@ -153,7 +152,7 @@ def test_training_under_noise_prefers_the_consistent_label() -> None:
         terms.total.backward()
         optimizer.step()
     assert (classifier(features).argmax(1) == kind).float().mean() > 0.95
-    assert criterion(classifier(features), fused, y_crf).confidence[:, :6].mean() < 0.1
+    assert label_confidence(classifier(features), y_crf)[:, :6].mean() < 0.1
 
 
 COSINE, FUSED, Y_CRF = case()
@@ -167,6 +166,12 @@ COSINE, FUSED, Y_CRF = case()
         (lambda: noise_aware_loss(COSINE, FUSED.float(), Y_CRF), TypeError, r"y_fused: expected an integer"),
         (lambda: noise_aware_loss(COSINE, FUSED[:1], Y_CRF), ValueError, r"y_fused: expected shape \(2, \*, \*\)"),
         (lambda: noise_aware_loss(COSINE, FUSED, Y_CRF[:, 1:]), ValueError, r"y_crf: expected shape \(2, 5, 6\)"),
+        (
+            lambda: label_confidence(COSINE, Y_CRF[:, 1:]),
+            ValueError,
+            r"label: expected shape \(2, 5, 6\) to match cosine",
+        ),
+        (lambda: label_confidence(COSINE, Y_CRF, gamma=-1), ValueError, r"gamma: expected at least 0, got -1"),
         (lambda: NoiseAwareLoss(gamma=-1), ValueError, r"gamma: expected at least 0, got -1"),
         (lambda: NoiseAwareLoss(lam=-0.1), ValueError, r"lam: expected at least 0, got -0.1"),
         (

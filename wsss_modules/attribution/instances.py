@@ -68,8 +68,9 @@ def box_seed_probability(
         In the released code of Lee, Yi, Shin and Yoon, BBAM, CVPR 2021, arXiv:2103.08907.
 
     Notes:
-        The threshold is one selection of the k-th largest value, not a sort. The blur is two products with band
-        matrices over the rows and columns of the box, whose mirrored border holds for any radius.
+        The threshold is one selection of the k-th largest value inside the box, not a sort of all pixels. The blur is
+        two products with band matrices over the rows and columns of the box, whose mirrored border holds for any
+        radius.
 
     Example:
         >>> mask = torch.zeros(1, 4, 4)
@@ -91,9 +92,9 @@ def box_seed_probability(
     area, pixels = int(inside.sum()), inside.numel()
     if area == 0:
         return x
-    rank = min(int(area * (1 - theta)), pixels - 1)
-    value = x.flatten().kthvalue(pixels - rank).values + 1e-8
-    x = (x / value).clamp(0, 1)
+    rank = int(area * (1 - theta))  # among all pixels, of which those outside the box are 0 and come last
+    value = x[inside].kthvalue(area - rank).values if rank < area else x.new_zeros(())
+    x = (x / (value + 1e-8)).clamp(0, 1)
     rows, columns = inside.any(1), inside.any(0)
     radius = int(blur[0] + blur[1] * math.sqrt(area / pixels))
     vertical, horizontal = (_gaussian_band(side, radius, keep) for side, keep in ((size[0], rows), (size[1], columns)))

@@ -92,10 +92,11 @@ def noise_aware_loss(case: Case) -> dict[str, Tensor]:
     options = {name: call[name] for name in ("temperature", "gamma", "lam")}
     terms = losses.noise_aware_loss(cosine, fused, y_crf, ignore_index=ignore, **options)
     unreliable = (fused == ignore) & (y_crf != ignore)
+    confidence = modules.label_confidence(cosine, y_crf, gamma=call["gamma"], ignore_index=ignore)
     return {
         "out.logit_cosine": cosine,
         "out.y_fused": fused,
-        "out.confidence": terms.confidence[unreliable],
+        "out.confidence": confidence[unreliable],
         "out.loss": terms.total,
         "out.loss_ce": terms.trusted,
         "out.loss_wce": terms.noisy,
