@@ -46,7 +46,7 @@ from recipes.pipeline.training import (
     two_speed_groups,
 )
 from recipes.pipeline.transformers import TokenConfig
-from recipes.pipeline.views import image_tensor, views
+from recipes.pipeline.views import image_tensor, scaled_size, views
 from wsss_losses import AFATerms, afa_loss
 from wsss_modules import (
     AffinityRandomWalk,
@@ -200,7 +200,7 @@ def pseudo_labels(model: AFANet, batch: dict[str, Tensor], config: AFAConfig, wa
     images, labels, regions = batch["image"], batch["labels"], batch["region"]
     size = tuple(images.shape[-2:])
     scaled = [
-        F.interpolate(images(*size, s), mode="bilinear", align_corners=False) if s != 1 else images
+        F.interpolate(images, scaled_size(*size, s), mode="bilinear", align_corners=False) if s != 1 else images
         for s in config.cam_scales
     ]
     was_training = model.training
