@@ -171,7 +171,7 @@ def init_attribution_mask(
 
 
 class AttributionStep(NamedTuple):
-    """What `BoundingBoxAttributionMap.iterate` yields after each step.
+    """One step of the descent, as `BoundingBoxAttributionMap.iterate` yields it.
 
     Attributes:
         step: Number of steps taken, from 1.
