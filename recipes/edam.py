@@ -164,7 +164,7 @@ class PairsOfCrops(Dataset):
 
     def __init__(self, crops: TaggedCrops) -> None:
         self.crops = crops
-        self.labels = torch.from_numpy(np.stack([crops.dataset.labels(name) for name in crops.names]))
+        self.labels = torch.from_numpy(crops.dataset.all_labels(crops.names))
 
     def __len__(self) -> int:
         return len(self.crops)

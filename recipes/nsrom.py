@@ -147,7 +147,7 @@ class FirstClassifier(Reasoner):
 
 def train_first(run: Run, config: NSROMConfig) -> FirstClassifier:
     """A classifier whose attention is accumulated while it learns."""
-    labels = torch.from_numpy(np.stack([run.dataset.labels(name) for name in run.train]))
+    labels = torch.from_numpy(run.dataset.all_labels(run.train))
     net = FirstClassifier(make_trunk(run, config, config.output_stride), config, labels)
     squares = whole_images(run, net.trunk, config.size)
     per_epoch, sync = max(1, len(squares) // config.schedule.batch_size), run.fabric.world_size > 1

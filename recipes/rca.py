@@ -182,7 +182,7 @@ class RCATerms(NamedTuple):
 
 def train_rca(run: Run, classifier: Classifier | None, config: RCAConfig) -> RCA:
     """Two multi-label losses and the contrast; the memory fills from the start, prototypes are renewed every epoch."""
-    labels = torch.from_numpy(np.stack([run.dataset.labels(name) for name in run.train]))
+    labels = torch.from_numpy(run.dataset.all_labels(run.train))
     trunk = make_trunk(run, config, config.output_stride, classifier and classifier.trunk)
     net = RCA(trunk, config, labels)
     images = whole_images(run, net.trunk, config.size)

@@ -173,7 +173,7 @@ def priors_of(run: Run, phase: int, config: SpatialConfig) -> Tensor:
     priors = torch.from_numpy(np.stack(found)).float()
     if config.keep_lost and phase > 1:
         priors = torch.where(priors > 0, priors, priors_of(run, phase - 1, config))
-    tagged = torch.from_numpy(np.stack([run.dataset.labels(name) for name in run.train])) > 0
+    tagged = torch.from_numpy(run.dataset.all_labels(run.train)) > 0
     return priors.clamp(min=config.least_prior) * tagged
 
 

@@ -30,7 +30,6 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -140,8 +139,7 @@ def fit_centres(
     """The mean feature of each class, and cluster centres of the images from outside."""
     features = pooled_features(run, trunk, run.train, folder=folder)
     ood_features = pooled_features(run, trunk, outside, config.long_side, folder)
-    labels = torch.from_numpy(np.stack([run.dataset.labels(name) for name in run.train]))
-    bank.fit(features, labels, ood_features)
+    bank.fit(features, torch.from_numpy(run.dataset.all_labels(run.train)), ood_features)
 
 
 def fine_tune(run: Run, net: WOoDNet, crops: CropsWithOutside, outside: tuple[str, ...], config: WoodConfig) -> None:

@@ -115,6 +115,10 @@ class ImageSet:
         multi_hot[[index - 1 for index in self.tags.get(name, ())]] = 1
         return multi_hot
 
+    def all_labels(self, names: Sequence[str]) -> np.ndarray:
+        """(n, K) float32 multi-hot image tags of n images."""
+        return np.stack([self.labels(name) for name in names])
+
     def mask(self, name: str) -> np.ndarray | None:
         """(H, W) uint8 ground truth: 0 background, 1..K classes, 255 ignore; None if there is none."""
         height, width = self.size(name)
