@@ -117,9 +117,10 @@ adds the affinities' gradient with one launch a step, in a fixed order.""",
         "boundary_costs",
         """\
 `boundary_affinity_loss` and `inter_pixel_relation_loss`. The maximum along the path of each pair, its label group
-and its cost stay in registers; labels come as bytes, and nothing of the size of the pairs is written. Pairs are counted
-in the same launch. Backward finds the maxima again and adds each pair's gradient at the pixel that attains it, by
-atomic additions in no fixed order. Operations below count one for each point of a path, read from the cache.""",
+and its cost stay in registers; labels come as bytes or int32, and nothing of the size of the pairs is written. Pairs
+are counted in the same launch. Backward finds the maxima again and adds each pair's gradient at the pixel that attains
+it, by atomic additions in no fixed order. Operations below count one for each point of a path, read from the cache, and
+bytes those of byte labels.""",
         [boundary("B16 128x128, r 10", 16, 128 * 128), boundary("B32 128x128, r 10", 32, 128 * 128)],
     ),
     (

@@ -68,8 +68,8 @@ def boundary_affinity_loss(
         num_classes: if given, labels >= ``num_classes`` are ignored too; 21 is the released rule.
         eps: keeps logarithms and empty groups finite.
         sync: sum counts and costs over the processes of a distributed run, see :func:`affinity_loss`.
-        backend: of the boundary costs: ``"torch"``, ``"triton"`` (classes below 255, up to 32 bits), or ``"auto"``:
-            Triton on a GPU, where gradients are then added in no fixed order.
+        backend: of the boundary costs: ``"torch"``, ``"triton"`` (up to 32 bits), or ``"auto"``: Triton on a GPU,
+            where gradients are then added in no fixed order.
 
     Returns:
         The total and the terms ``bg``, ``fg``, ``neg``, scalars, in the dtype of ``edge_logits``. A group without a
@@ -284,8 +284,8 @@ def inter_pixel_relation_loss(
         num_classes: if given, labels >= ``num_classes`` are ignored too; 21 is the released rule.
         eps: keeps logarithms and empty groups finite.
         sync: sum counts and costs over the processes of a distributed run, see :func:`affinity_loss`.
-        backend: of the boundary costs: ``"torch"``, ``"triton"`` (classes below 255, up to 32 bits), or ``"auto"``:
-            Triton on a GPU, where gradients are then added in no fixed order.
+        backend: of the boundary costs: ``"torch"``, ``"triton"`` (up to 32 bits), or ``"auto"``: Triton on a GPU,
+            where gradients are then added in no fixed order.
 
     Returns:
         The total and its four terms, scalars; the total in the wider dtype of the two maps.
@@ -391,11 +391,10 @@ def _boundary_sums(
 ) -> tuple[Tensor, Tensor]:
     """Costs and counts of the groups bg, fg, neg: (3,) each."""
     logits = edge_logits[:, 0].to(torch.promote_types(edge_logits.dtype, torch.float32))
-    if runs_triton(backend, logits, known) and not (backend == "auto" and logits.dtype == torch.float64):
+    if runs_triton(backend, logits, known, float64=False):
         from wsss_modules.kernels.boundary_costs import boundary_pair_costs
 
-        labels = known.remainder(256).to(torch.uint8)  # 255 is what -1 becomes
-        costs, counts = boundary_pair_costs(logits, labels, radius, is_full(border), eps)
+        costs, counts = boundary_pair_costs(logits, known, radius, is_full(border), eps)
     else:
         costs = boundary_costs(logits, known, radius, is_full(border), eps)
         counts = pair_counts(known, radius, is_full(border))

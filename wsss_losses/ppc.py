@@ -340,9 +340,8 @@ class _Contrast:
         self.views, self.known, self.temperature = views, known, temperature
         self.ranks = min(semi_hard[0], len(known) - 1), min(semi_hard[1], len(known))
         inputs = [part for view in views for part in (view.pixels, view.prototypes)]
-        self.triton = runs_triton(backend, *inputs)
-        if backend == "auto" and inputs[0].dtype == torch.float64:
-            self.triton = False
+        fits = backend == "triton" or len(known) <= 128  # prototypes that a block of the kernel holds
+        self.triton = fits and runs_triton(backend, *inputs, float64=False)
         self.tables: list[list[Tensor]] = []  # by view of the pixels, then of the prototypes: (P, C)
         if not self.triton:
             both = torch.cat([view.prototypes for view in views]).mT  # (D, 2C)

@@ -97,6 +97,7 @@ OFFSETS = {"offsets_ptr": "*i32"}
 PAIRS = relu_correlation.BLOCKS
 WALK = {"BLOCK_C": stencil_walk.MAX_BLOCK_C, "BLOCK_N": stencil_walk.BLOCK_N, "ACC": tl.float32}
 NUMBERS = {"scale": "fp32", "momentum": "fp32", "weight": "fp32", "eps": "fp32"}
+LABELLED = {"BLOCK_N": boundary_costs.BLOCK_N, "UNKNOWN": 255}
 COSTS = {"label_ptr": "*u8", "starts_ptr": "*i32", "points_ptr": "*i32", "costs_ptr": "*fp32", "counts_ptr": "*i32"}
 COSTS |= {"grad_ptr": "*fp32", "out_ptr": "*fp32"} | {"offsets_ptr": "*i32"} | NUMBERS
 MESSAGES = {"BLOCK_C": 32, "BLOCK_I": gaussian_messages.BLOCK_I, "BLOCK_J": gaussian_messages.BLOCK_J}
@@ -111,8 +112,8 @@ def builds() -> Iterator[Build]:
         yield Build(pixel_adaptive.average_kernel, AVERAGE, floats, OFFSETS)
         yield Build(pixel_adaptive.maps_gradient_kernel, AVERAGE, floats, OFFSETS)
         yield Build(pixel_adaptive.weights_gradient_kernel, AVERAGE, floats, OFFSETS)
-        yield Build(boundary_costs.costs_kernel, {"BLOCK_N": boundary_costs.BLOCK_N}, floats, COSTS)
-        yield Build(boundary_costs.logits_gradient_kernel, {"BLOCK_N": boundary_costs.BLOCK_N}, floats, COSTS)
+        yield Build(boundary_costs.costs_kernel, LABELLED, floats, COSTS)
+        yield Build(boundary_costs.logits_gradient_kernel, LABELLED, floats, COSTS)
     for what, label in (
         (stencil_walk.PRODUCT, "product"),
         (stencil_walk.CHANGE, "change"),

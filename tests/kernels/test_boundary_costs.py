@@ -82,3 +82,17 @@ def test_a_compiled_function_sees_one_operator(device: torch.device) -> None:
 def test_no_image(device: torch.device) -> None:
     logits, labels = torch.rand(0, 1, 4, 5, device=device), torch.zeros(0, 4, 5, dtype=torch.int64, device=device)
     assert boundary_affinity_loss(logits, labels, radius=2, border="full", backend="triton").total == 0
+
+
+def test_labels_come_as_bytes_or_with_more_classes_than_bytes_have(device: torch.device) -> None:
+    from wsss_modules.kernels.boundary_costs import boundary_pair_costs
+
+    logits, labels = inputs_of(1, 6, 7)
+    known = torch.where(labels == 255, -1, labels).to(torch.int32)
+    many = torch.where(known == 2, 257, known).to(torch.int32)  # 1 if only its lowest byte were read
+    as_bytes, as_integers, as_many = (
+        boundary_pair_costs(logits[:, 0].to(device), x.to(device), 3, True, 1e-5)
+        for x in (labels.to(torch.uint8), known, many)
+    )
+    for found in (as_integers, as_many):
+        torch.testing.assert_close(found, as_bytes)

@@ -45,8 +45,7 @@ class ExactGaussian:
         if features.numel() == 0:
             raise ValueError(f"features: expected at least one point and one feature, got {tuple(features.shape)}")
         self.batch, self.points, self.dimensions = features.shape
-        triton = runs_triton(backend, features)
-        self.triton = triton and not (backend == "auto" and features.dtype == torch.float64)
+        self.triton = runs_triton(backend, features, float64=False)
         self.features = features.detach().mT.contiguous()  # (B, F, N)
         self.scale: Tensor | None = None
         if normalize:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
@@ -13,13 +14,14 @@ Backend = Literal["auto", "torch", "triton"]
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def runs_triton(backend: Backend, *tensors: Tensor) -> bool:
+def runs_triton(backend: Backend, *tensors: Tensor, float64: bool = True) -> bool:
     """Whether an operation on ``tensors`` runs as a Triton kernel.
 
     Args:
         backend: ``"torch"`` never; ``"triton"`` always; ``"auto"`` where all tensors are on a CUDA device and triton is
             installed.
         tensors: what the operation reads.
+        float64: whether its kernel takes float64; ``"auto"`` leaves such tensors to torch otherwise.
 
     Raises:
         ValueError: another word, or ``"triton"`` for tensors off CUDA without Triton's interpreter.
@@ -35,7 +37,7 @@ def runs_triton(backend: Backend, *tensors: Tensor) -> bool:
         return False
     on_cuda = all(tensor.is_cuda for tensor in tensors)
     if backend == "auto":
-        return on_cuda and INSTALLED
+        return on_cuda and INSTALLED and (float64 or all(tensor.dtype != torch.float64 for tensor in tensors))
     if not INSTALLED:
         raise ImportError('backend: "triton" needs the package triton, which is not installed; use "auto" or "torch"')
     if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":

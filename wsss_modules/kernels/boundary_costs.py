@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from wsss_modules.affinity.offsets import path_offsets, source_box
+from wsss_modules.kernels.launch import refuse_float64
 
 BLOCK_N = 128
-UNKNOWN = 255
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _sigmoid(x):
 @triton.jit
 def costs_kernel(
     logits_ptr,  # (B, H, W)
-    label_ptr,  # (B, H, W) uint8, 0 background, 1.. classes, 255 unknown
+    label_ptr,  # (B, H, W) integers, 0 background, 1.. classes, UNKNOWN
     offsets_ptr,  # (P, 2) int32
     starts_ptr,  # (P + 1,) int32, where the path of each offset starts in points
     points_ptr,  # (points, 2) int32, dy and dx from the source
@@ -48,6 +48,7 @@ def costs_kernel(
     left,  # and columns left .. right - 1
     right,
     eps,
+    UNKNOWN: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Costs and numbers of the pairs that start in a block of pixels."""
@@ -55,15 +56,15 @@ def costs_kernel(
     start = tl.program_id(1).to(tl.int64) * height * width
     row, column = pixel // width, pixel % width
     source = (row < bottom) & (column >= left) & (column < right)
-    label = tl.load(label_ptr + start + pixel, mask=source, other=255).to(tl.int32)
-    source = source & (label != 255)
+    label = tl.load(label_ptr + start + pixel, mask=source, other=UNKNOWN).to(tl.int32)
+    source = source & (label != UNKNOWN)
     bg, fg, neg = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     n_bg, n_fg, n_neg = tl.zeros((BLOCK_N,), tl.int32), tl.zeros((BLOCK_N,), tl.int32), tl.zeros((BLOCK_N,), tl.int32)
     for p in range(n_offsets):
         dy, dx = tl.load(offsets_ptr + 2 * p), tl.load(offsets_ptr + 2 * p + 1)
         paired = source & (row + dy < height) & (column + dx >= 0) & (column + dx < width)
-        partner = tl.load(label_ptr + start + pixel + dy * width + dx, mask=paired, other=255).to(tl.int32)
-        paired = paired & (partner != 255)
+        partner = tl.load(label_ptr + start + pixel + dy * width + dx, mask=paired, other=UNKNOWN).to(tl.int32)
+        paired = paired & (partner != UNKNOWN)
         largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         for k in range(tl.load(starts_ptr + p), tl.load(starts_ptr + p + 1)):
             step = tl.load(points_ptr + 2 * k) * width + tl.load(points_ptr + 2 * k + 1)
@@ -91,7 +92,7 @@ def costs_kernel(
 @triton.jit
 def logits_gradient_kernel(
     logits_ptr,  # (B, H, W)
-    label_ptr,  # (B, H, W) uint8
+    label_ptr,  # (B, H, W) integers
     offsets_ptr,  # (P, 2) int32
     starts_ptr,  # (P + 1,) int32
     points_ptr,  # (points, 2) int32
@@ -104,6 +105,7 @@ def logits_gradient_kernel(
     left,
     right,
     eps,
+    UNKNOWN: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Add the gradients of the pairs that start in a block of pixels."""
@@ -111,14 +113,14 @@ def logits_gradient_kernel(
     start = tl.program_id(1).to(tl.int64) * height * width
     row, column = pixel // width, pixel % width
     source = (row < bottom) & (column >= left) & (column < right)
-    label = tl.load(label_ptr + start + pixel, mask=source, other=255).to(tl.int32)
-    source = source & (label != 255)
+    label = tl.load(label_ptr + start + pixel, mask=source, other=UNKNOWN).to(tl.int32)
+    source = source & (label != UNKNOWN)
     of_bg, of_fg, of_neg = tl.load(grad_ptr), tl.load(grad_ptr + 1), tl.load(grad_ptr + 2)
     for p in range(n_offsets):
         dy, dx = tl.load(offsets_ptr + 2 * p), tl.load(offsets_ptr + 2 * p + 1)
         paired = source & (row + dy < height) & (column + dx >= 0) & (column + dx < width)
-        partner = tl.load(label_ptr + start + pixel + dy * width + dx, mask=paired, other=255).to(tl.int32)
-        paired = paired & (partner != 255)
+        partner = tl.load(label_ptr + start + pixel + dy * width + dx, mask=paired, other=UNKNOWN).to(tl.int32)
+        paired = paired & (partner != UNKNOWN)
         largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         place = pixel
         for k in range(tl.load(starts_ptr + p), tl.load(starts_ptr + p + 1)):
@@ -142,17 +144,17 @@ def logits_gradient_kernel(
 def boundary_pair_costs(logits: Tensor, labels: Tensor, radius: int, full: bool, eps: float) -> tuple[Tensor, Tensor]:
     """Sums of the costs of bg_pos, fg_pos and neg, (3,) float32, and the numbers of pairs, (3,) int64.
 
-    ``logits`` (B, H, W) of the boundary, ``labels`` (B, H, W) uint8 with 255 for unknown.
+    ``logits`` (B, H, W) of the boundary, ``labels`` (B, H, W) uint8 with 255 for unknown, or int32 with -1.
     """
-    if logits.dtype == torch.float64:
-        raise TypeError("logits: expected at most float32 for the Triton kernel, got float64; use the torch backend")
+    refuse_float64("logits", logits)
     x, label = logits.contiguous(), labels.contiguous()
     programs = triton.cdiv(x[0].numel(), BLOCK_N) if x.numel() else 0
     costs = torch.empty((len(x), programs, 3), dtype=torch.float32, device=x.device)
     counts = torch.empty((len(x), programs, 3), dtype=torch.int32, device=x.device)
     if x.numel():
         tables, sizes = _paths(radius, x.device), _sizes(x, radius, full)
-        costs_kernel[(programs, len(x))](x, label, *tables, costs, counts, *sizes, eps, BLOCK_N=BLOCK_N)
+        options = {"UNKNOWN": 255 if label.dtype == torch.uint8 else -1, "BLOCK_N": BLOCK_N}
+        costs_kernel[(programs, len(x))](x, label, *tables, costs, counts, *sizes, eps, **options)
     return costs.sum((0, 1)), counts.sum((0, 1))
 
 
@@ -175,7 +177,8 @@ def boundary_pair_costs_backward(
     if x.numel():
         grid = (triton.cdiv(x[0].numel(), BLOCK_N), len(x))
         tables, sizes = _paths(radius, x.device), _sizes(x, radius, full)
-        logits_gradient_kernel[grid](x, label, *tables, grad.float().contiguous(), out, *sizes, eps, BLOCK_N=BLOCK_N)
+        options = {"UNKNOWN": 255 if label.dtype == torch.uint8 else -1, "BLOCK_N": BLOCK_N}
+        logits_gradient_kernel[grid](x, label, *tables, grad.float().contiguous(), out, *sizes, eps, **options)
     return out.to(logits.dtype)
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wsss_modules.kernels.launch import block, precision
+from wsss_modules.kernels.launch import block, precision, refuse_float64
 
 BLOCK_I, BLOCK_J = 64, 32
 MAX_BLOCK_C = 32
@@ -63,8 +63,7 @@ def messages_kernel(
 )
 def gaussian_messages(values: Tensor, features: Tensor) -> Tensor:
     """Messages (B, N, C) of ``values`` (B, N, C) between pixels with ``features`` (B or 1, F, N), constants."""
-    if torch.float64 in (values.dtype, features.dtype):
-        raise TypeError("values: expected at most float32 for the Triton kernel, got float64; use the torch backend")
+    refuse_float64("values", values, features)
     v, f, out = (
         values.contiguous(),
         features.contiguous(),

@@ -15,6 +15,12 @@ def accumulator(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
+def refuse_float64(names: str, *tensors: Tensor) -> None:
+    """Raise ``TypeError`` for what a kernel of products would round: float64."""
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        raise TypeError(f"{names}: expected at most float32 for the Triton kernel, got float64; use the torch backend")
+
+
 def precision() -> str:
     """How products of float32 are taken: exactly, or by TF32 where torch's own matrix products are allowed it."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wsss_modules.kernels.launch import block, precision
+from wsss_modules.kernels.launch import block, precision, refuse_float64
 
 BLOCK_P, BLOCK_D = 32, 16
 MAX_PROTOTYPES = 128
@@ -104,8 +104,7 @@ def prototype_contrast(
     ``target`` (P,) int64 names the own prototype, ``known`` (C,) bool those that count. With ``last`` 0 the denominator
     holds all, else the own one and the ranks ``first..last - 1``. Only the costs are differentiable.
     """
-    if torch.float64 in (pixels.dtype, prototypes.dtype):
-        raise TypeError("pixels: expected at most float32 for the Triton kernel, got float64; use the torch backend")
+    refuse_float64("pixels", pixels, prototypes)
     if len(prototypes) > MAX_PROTOTYPES:
         raise ValueError(f"prototypes: expected at most {MAX_PROTOTYPES} for the Triton kernel, got {len(prototypes)}")
     f, q = pixels.contiguous(), prototypes.contiguous()

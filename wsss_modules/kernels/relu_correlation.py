@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wsss_modules.kernels.launch import block, precision
+from wsss_modules.kernels.launch import block, precision, refuse_float64
 
 MAX_BLOCK_C, MAX_BLOCK_OUT = 32, 64
 BLOCKS = {"BLOCK_E": 16, "BLOCK_I": 32, "BLOCK_J": 32}
@@ -124,10 +124,7 @@ def relu_correlation(maps: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
     Both float32, from inputs of up to 32 bits.
     """
-    if torch.float64 in (maps.dtype, keys.dtype):
-        raise TypeError(
-            "maps, keys: expected at most float32 for the Triton kernel, got float64; use the torch backend"
-        )
+    refuse_float64("maps, keys", maps, keys)
     x, k = maps.contiguous(), keys.contiguous()
     batch, n_maps, n_pixels = x.shape
     sums = torch.empty(x.shape, dtype=torch.float32, device=x.device)

@@ -70,7 +70,7 @@ def pixel_correlation(
         k = rearrange(keys.to(dtype), "b e h w -> b e (h w)")
         k = k / (_length(k) + eps)
         x = rearrange(maps.to(dtype), "b c h w -> b c (h w)")
-        if runs_triton(backend, x, k) and not (backend == "auto" and dtype == torch.float64):
+        if runs_triton(backend, x, k, float64=False):
             from wsss_modules.kernels.relu_correlation import relu_correlation
 
             sums, totals = relu_correlation(x, k)
