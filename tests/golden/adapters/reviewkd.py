@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import Tensor
 
 import wsss_losses as losses
 import wsss_modules as modules
 from tests.golden.case import Case, adapter
+from tests.golden.compare import Within, choose_rule, parse_tolerance
 
 NAMES = {r"\bconv1\.": "reduce.", r"\bconv2\.": "expand.", r"\batt_conv\.0\.": "attention.", r"\babfs\.": "blocks."}
 
@@ -61,7 +63,7 @@ def distill_kl(case: Case) -> dict[str, Tensor]:
 
 
 @adapter("reviewkd/review_kd")
-def review_kd(case: Case) -> dict[str, Tensor]:
+def review_kd(case: Case) -> dict[str, Tensor | Within]:
     call = case.call
     distiller = modules.ReviewDistiller(call["in_channels"], call["out_channels"], call["mid_channel"])
     case.load(distiller, rename).train(call["training"])
@@ -71,4 +73,22 @@ def review_kd(case: Case) -> dict[str, Tensor]:
     sizes = [target(side, x) for side, x in zip(sides[::-1], student, strict=True)]
     result = distiller(student, sizes)
     loss = losses.hierarchical_context_loss(result, teacher)
-    return {**{f"out.result.{i}": x for i, x in enumerate(result)}, "out.loss": loss, **case.grads(loss)}
+    grads: dict[str, Tensor | Within] = {**case.grads(loss)}
+    if call["training"] and student[-1].numel() == 2 * student[-1].shape[1]:
+        key = "grad.param.abfs.0.conv1.0.weight"
+        grads[key] = widened(case, key, grads[key], distiller.blocks[0].reduce[0](student[-1]))
+    return {**{f"out.result.{i}": x for i, x in enumerate(result)}, "out.loss": loss, **grads}
+
+
+def widened(case: Case, key: str, value: Tensor, normed: Tensor) -> Within:
+    """The file's tolerance for the weights before a batch norm of two values, and what float32 can be told apart by.
+
+    Two values are normed to -1 and 1 whatever they are, so the gradient behind is a difference of equal terms, each as
+    large as the gradient of the norm's weight over the standard deviation. Measured on the file "cifar" against the
+    same layers in float64: the stored gradient is off by up to 1.35e-5, which is 3.6 units of such a term; ours by as
+    much, or by a tenth on another processor. So eight units, 3.0e-5 at worst, are allowed where that is more.
+    """
+    rule = choose_rule(parse_tolerance(case.meta["tolerance"]), key, case.expected[key])
+    deviation = normed.detach().std((0, 2, 3), unbiased=False)
+    terms = case.expected["grad.param.abfs.0.conv1.1.weight"].abs() / deviation
+    return Within(value, rule.rtol, max(rule.atol, 8 * torch.finfo(value.dtype).eps * float(terms.max())))
