@@ -77,7 +77,7 @@ show(*((f"{steps} steps", walked[0, 0]) for steps, walked in walks.items()))
 # %%
 # **Mask.** A constant for the background beside the walked map, then a dense CRF.
 
-mask = cam_to_mask(walk_scores(walks[256], image.shape[-2:], stride=STRIDE), 0.25)
+mask = cam_to_mask(walk_scores(walks[256], image.shape[-2:], stride=STRIDE), 0.4)
 refined = dense_crf(image, unary_from_mask(mask, num_labels=2), IRN_CRF).argmax(1)
 show(
     ("mask after the walk", mask[0] * index),
