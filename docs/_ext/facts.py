@@ -175,12 +175,12 @@ def commands(name: str) -> str:
 
 def system_table() -> str:
     """All systems, their papers and what they are supervised by."""
-    lines = ["| system | paper | supervision | verified |", "| --- | --- | --- | --- |"]
+    lines = ["| system | paper | supervision |", "| --- | --- | --- |"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8").split("## Figures")[0]
     for name in re.findall(r"\(recipes/(\w+)\.py\)", readme):
-        system, paper, _, _, checked = readme_row(name)
+        system, paper, *_ = readme_row(name)
         title = re.sub(r" \((tags and|boxes|EPS:).*\)", "", system)
-        lines.append(f"| [{title}]({name}.md) | {paper} | {_kind(system)} | {checked} |")
+        lines.append(f"| [{title}]({name}.md) | {paper} | {_kind(system)} |")
     return "\n".join(lines)
 
 
@@ -193,7 +193,7 @@ def _kind(system: str) -> str:
 
 def supervision(name: str) -> str:
     """Paper and supervision, from the README's first columns."""
-    system, paper, _, _, _ = readme_row(name)
+    system, paper, *_ = readme_row(name)
     return f"{paper} · supervision: **{_kind(system)}** · recipe: `recipes/{name}.py`"
 
 
