@@ -36,7 +36,7 @@ from torch import Tensor
 
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import save_cam
-from recipes.pipeline.data.boxes import Boxes, read_boxes
+from recipes.pipeline.data.boxes import Boxes, boxes_for
 from recipes.pipeline.detection import Detector, train_detector
 from recipes.pipeline.instances import measure_instances, train_mask_head, write_instances
 from recipes.pipeline.labels import measure_cams, measure_masks
@@ -153,9 +153,7 @@ def read_objects(run: Run, name: str, count: int) -> list[Tensor]:
 
 def main(config: Config) -> dict:
     run = start("bbam", config, takes=())
-    boxes = read_boxes(run.dataset, run.train, config.boxes, optional=run.val)
-    run.dataset = boxes.noted_in(run.dataset)
-    run.record(supervision=boxes.supervision)
+    boxes = boxes_for(run, config.boxes)
 
     with run.stage("detector", "Detector from boxes"):
         detector = train_detector(run, boxes, config.detect)

@@ -42,13 +42,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import write_cams
-from recipes.pipeline.classification import make_trunk, train_classifier
-from recipes.pipeline.labels import measure_cams, refine_masks, threshold_mask, write_masks
+from recipes.pipeline.cams import Maps, write_cams
+from recipes.pipeline.classification import classifier_before, make_trunk, stages_before
+from recipes.pipeline.labels import masks_by_threshold, measure_cams
 from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
-from recipes.pipeline.saliency import SaliencyCrops, saliency_source
+from recipes.pipeline.saliency import SaliencyCrops, saliency_unless_none
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, RandomLongSide, TaggedCrops, fit, two_speed_groups
 from recipes.settings.l2g import PRESETS, Config, L2GConfig
@@ -92,12 +92,6 @@ class L2GNet(nn.Module):
 
     def forward(self, views: Tensor, crops: Tensor) -> tuple[PixelCorrelationCAMOutput, PixelCorrelationCAMOutput]:
         return self.whole(views), self.local(crops)
-
-
-class Maps(NamedTuple):
-    """``cam`` (B, K, h, w), signed."""
-
-    cam: Tensor
 
 
 class GlobalMaps(nn.Module):
@@ -176,14 +170,9 @@ def stretched(saliency: Tensor, stretch: bool) -> Tensor:
 
 
 def main(config: Config) -> dict:
-    goes_on = config.l2g.weights == "classifier"
-    run = start("l2g", config, takes=("classify",) if goes_on else ())
-    saliency = None if config.saliency == "none" else saliency_source(run, config.saliency)
-    classifier = None
-
-    if goes_on:
-        with run.stage("classify", "Plain classifier to start from"):
-            classifier = train_classifier(run, config.classify)
+    run = start("l2g", config, takes=stages_before(config.l2g))
+    saliency = saliency_unless_none(run, config.saliency)
+    classifier = classifier_before(run, config.l2g, config.classify)
 
     with run.stage("l2g", "Network of crops, and that of whole views which learns from it"):
         net = train_l2g(run, classifier, config.l2g, saliency)
@@ -193,8 +182,7 @@ def main(config: Config) -> dict:
         measure_cams(run, config.threshold)
 
     with run.stage("masks", "Masks: threshold, and a dense CRF"):
-        write_masks(run, run.train, lambda name: threshold_mask(run, name, config.threshold))
-        refine_masks(run, config.mask_crf)
+        masks_by_threshold(run, config.threshold, config.mask_crf)
 
     with run.stage("segment", "Segmentation network from the masks"):
         segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)
