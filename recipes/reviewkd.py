@@ -35,7 +35,7 @@ from recipes.pipeline.labels import measure_cams, measure_masks, read_mask, refi
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, RunConfig, start
-from recipes.pipeline.segmentation import masked_crops, pixel_loss, segment, train_segmentation
+from recipes.pipeline.segmentation import keep_network, masked_crops, pixel_loss, segment, train_segmentation
 from recipes.pipeline.segmenter import SegmentConfig, Segmenter
 from recipes.pipeline.training import Moment, fit, two_speed_groups
 from wsss_losses import review_kd_loss
@@ -240,6 +240,7 @@ def main(config: Config) -> dict:
     with run.stage("distil", "Student under the teacher"):
         distilled = new_student(run, config.student)
         train_student(run, distilled, teacher, config.student, "distil")
+        keep_network(run, distilled, network)
         measure_student(run, distilled, network, "distilled", "student distilled")
         weights = {"teacher": teacher, "student": distilled}
         run.record(parameters={name: sum(p.numel() for p in net.parameters()) for name, net in weights.items()})
