@@ -43,7 +43,7 @@ from recipes.pipeline.instances import MaskHeadConfig, measure_instances, train_
 from recipes.pipeline.labels import measure_cams, measure_masks
 from recipes.pipeline.presets import SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, save_arrays, save_mask, start
+from recipes.pipeline.run import Run, RunConfig, load_arrays, save_arrays, save_mask, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import Schedule
@@ -199,8 +199,8 @@ def dense_refiner(image: Tensor) -> Callable[[Tensor], Tensor]:
 
 def read_objects(run: Run, name: str, count: int) -> list[Tensor]:
     """The attribution maps (h, w) of an image's objects."""
-    with np.load(run.path("cam", f"{name}.npz")) as stored:
-        return [torch.from_numpy(stored[f"object_{k}"]) for k in range(count)]
+    stored = load_arrays(run.path("cam", f"{name}.npz"))
+    return [torch.from_numpy(stored[f"object_{k}"]) for k in range(count)]
 
 
 PRESETS = {

@@ -33,7 +33,7 @@ from recipes.pipeline.labels import measure_cams, read_mask, refine_masks, write
 from recipes.pipeline.models import Trunk, build_trunk
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, replacing, save_arrays, start
+from recipes.pipeline.run import Run, RunConfig, load_tensors, replacing, save_arrays, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import (
@@ -244,7 +244,7 @@ def centre_displacements(run: Run, model: IRNet, zoom: float) -> None:
             with replacing(file) as out:
                 torch.save(model.head.mean_shift.state_dict(), out)
         run.fabric.barrier()
-    model.head.mean_shift.load_state_dict(torch.load(file, weights_only=True))
+    model.head.mean_shift.load_state_dict(load_tensors(file))
 
 
 def write_instances(run: Run, model: IRNet, walk: WalkConfig, zoom: float) -> None:

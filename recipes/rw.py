@@ -36,7 +36,7 @@ from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, save_arrays, start
+from recipes.pipeline.run import Run, RunConfig, load_arrays, save_arrays, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import Moment, RandomScale, Schedule, crop_transform, fit, two_speed_groups
@@ -188,8 +188,8 @@ def write_scores(run: Run, config: AffinityConfig) -> None:
 
 
 def read_scores(run: Run, name: str) -> Scores:
-    with np.load(run.path("crf", f"{name}.npz")) as stored:
-        return Scores(stored["keys"], stored["low"].astype(np.float32), stored["high"].astype(np.float32))
+    stored = load_arrays(run.path("crf", f"{name}.npz"))
+    return Scores(stored["keys"], stored["low"].astype(np.float32), stored["high"].astype(np.float32))
 
 
 def train_affinity(run: Run, classifier: Trunk | None, options: AffinityConfig) -> AffinityNet:

@@ -38,7 +38,7 @@ from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, save_arrays, start
+from recipes.pipeline.run import Run, RunConfig, load_arrays, save_arrays, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import (
@@ -209,8 +209,8 @@ def share_of_classes(scores: Tensor) -> Tensor:
 
 def read_maps(run: Run, name: str, what: str = "scores") -> tuple[Tensor, Tensor]:
     """Classes (k,) and maps (1, 1+k, H, W) of an image: ``scores`` at its size or ``coarse``."""
-    with np.load(run.path("is_cam", f"{name}.npz")) as stored:
-        return torch.from_numpy(stored["keys"]), torch.from_numpy(stored[what].astype(np.float32))[None]
+    stored = load_arrays(run.path("is_cam", f"{name}.npz"))
+    return torch.from_numpy(stored["keys"]), torch.from_numpy(stored[what].astype(np.float32))[None]
 
 
 def refine(run: Run, config: Config) -> None:

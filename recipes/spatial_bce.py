@@ -40,7 +40,7 @@ from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, save_arrays, start
+from recipes.pipeline.run import Run, RunConfig, load_arrays, save_arrays, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
@@ -166,10 +166,7 @@ def write_ratios(run: Run, model: Classifier | SpatialNet, config: Config, folde
 
 def priors_of(run: Run, phase: int, config: SpatialConfig) -> Tensor:
     """Foreground ratios that a phase aims at, 0 for absent classes: (images, K)."""
-    found = []
-    for name in run.train:
-        with np.load(run.path(f"ratios{phase}", f"{name}.npz")) as stored:
-            found.append(stored["ratio"])
+    found = [load_arrays(run.path(f"ratios{phase}", f"{name}.npz"))["ratio"] for name in run.train]
     priors = torch.from_numpy(np.stack(found)).float()
     if config.keep_lost and phase > 1:
         priors = torch.where(priors > 0, priors, priors_of(run, phase - 1, config))
@@ -289,9 +286,9 @@ def write_adaptive_cams(run: Run, net: SpatialNet, names: Sequence[str], config:
 
 def learnt_mask(run: Run, name: str) -> Tensor:
     """The map of an image as a mask, at the thresholds that the network predicts for it."""
-    with np.load(run.path("cam", f"{name}.npz")) as stored:
-        above = torch.from_numpy(stored["cam"].astype(np.float32) - stored["threshold"][:, None, None])
-        return cam_to_mask(above[None], 0.0, keys=torch.from_numpy(stored["keys"]))[0]
+    stored = load_arrays(run.path("cam", f"{name}.npz"))
+    above = torch.from_numpy(stored["cam"].astype(np.float32) - stored["threshold"][:, None, None])
+    return cam_to_mask(above[None], 0.0, keys=torch.from_numpy(stored["keys"]))[0]
 
 
 # The loss of pixels is a mean over all classes, the divergence from the prior one over the present classes: with 6
