@@ -216,6 +216,8 @@ def fit(
     model.to(device, memory_format=torch.channels_last)  # a third less time on a CPU, and what tensor cores want
     if final.exists():
         _restore(final, model, load_tensors(final, device))
+        if fabric.global_rank == 0:
+            partial.unlink(missing_ok=True)  # of a run killed just before it would have done so
         return model.eval()
 
     per_epoch = max(1, len(dataset) // schedule.batch_size)
