@@ -38,15 +38,7 @@ if TYPE_CHECKING:
     from recipes.pipeline.data import ImageSet
 
 # What a wrong option, file or environment raises; anything else is a bug of ours and keeps its traceback.
-BAD_INPUT = (
-    ValueError,
-    FileNotFoundError,
-    NotADirectoryError,
-    IsADirectoryError,
-    PermissionError,
-    ModuleNotFoundError,
-    FloatingPointError,
-)
+BAD_INPUT = (ValueError, OSError, ModuleNotFoundError, FloatingPointError)
 
 
 @dataclass(frozen=True)

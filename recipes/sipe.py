@@ -34,7 +34,7 @@ from recipes.pipeline.classification import ClassifyConfig, make_trunk
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, save_arrays, start
+from recipes.pipeline.run import Run, load_arrays, save_arrays, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import FramedCrops, Moment, RandomLongSide, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, views
@@ -134,8 +134,8 @@ def write_maps(run: Run, model: SIPE, names: tuple[str, ...], config: CamConfig)
 
 def read_maps(run: Run, name: str, what: str = "scores") -> tuple[Tensor, Tensor]:
     """Classes (k,) and maps (1, 1+k, H, W) of an image: ``scores`` at its size or ``coarse``."""
-    with np.load(run.path("is_cam", f"{name}.npz")) as stored:
-        return torch.from_numpy(stored["keys"]), torch.from_numpy(stored[what].astype(np.float32))[None]
+    stored = load_arrays(run.path("is_cam", f"{name}.npz"))
+    return torch.from_numpy(stored["keys"]), torch.from_numpy(stored[what].astype(np.float32))[None]
 
 
 def refine(run: Run, config: Config) -> None:

@@ -37,7 +37,7 @@ from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.ratios import read_ratios, write_ratios
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, start
+from recipes.pipeline.run import Run, load_arrays, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, views
@@ -207,9 +207,9 @@ def write_adaptive_cams(run: Run, net: SpatialNet, names: Sequence[str], config:
 
 def learnt_mask(run: Run, name: str) -> Tensor:
     """The map of an image as a mask, at the thresholds that the network predicts for it."""
-    with np.load(run.path("cam", f"{name}.npz")) as stored:
-        above = torch.from_numpy(stored["cam"].astype(np.float32) - stored["threshold"][:, None, None])
-        return cam_to_mask(above[None], 0.0, keys=torch.from_numpy(stored["keys"]))[0]
+    stored = load_arrays(run.path("cam", f"{name}.npz"))
+    above = torch.from_numpy(stored["cam"].astype(np.float32) - stored["threshold"][:, None, None])
+    return cam_to_mask(above[None], 0.0, keys=torch.from_numpy(stored["keys"]))[0]
 
 
 def main(config: Config) -> dict:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.pipeline.models import Trunk
-from recipes.pipeline.run import Run, save_arrays
+from recipes.pipeline.run import Run, load_arrays, save_arrays
 from recipes.pipeline.views import image_tensor, views
 from wsss_modules import merge_flip, multi_scale_cam
 
@@ -147,5 +147,5 @@ def _quarter(cam: Tensor) -> Tensor:
 
 def read_cam(run: Run, name: str, folder: str = "cam") -> Cam:
     """What :func:`write_cams` wrote."""
-    with np.load(run.path(folder, f"{name}.npz")) as stored:
-        return Cam(stored["keys"], stored["cam"].astype(np.float32), stored["coarse"].astype(np.float32))
+    stored = load_arrays(run.path(folder, f"{name}.npz"))
+    return Cam(stored["keys"], stored["cam"].astype(np.float32), stored["coarse"].astype(np.float32))

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from recipes.pipeline.labels import refine_mask
-from recipes.pipeline.run import Run, save_arrays
+from recipes.pipeline.run import Run, load_arrays, save_arrays
 from recipes.pipeline.views import image_tensor, scaled_size
 
 
@@ -35,10 +35,7 @@ def write_ratios(run: Run, mask_of: Callable[[Tensor, Tensor], Tensor], scale: f
 
 def read_ratios(run: Run, folder: str) -> Tensor:
     """What :func:`write_ratios` wrote, in the order of the training images: (images, K) float32."""
-    found = []
-    for name in run.train:
-        with np.load(run.path(folder, f"{name}.npz")) as stored:
-            found.append(stored["ratio"])
+    found = [load_arrays(run.path(folder, f"{name}.npz"))["ratio"] for name in run.train]
     return torch.from_numpy(np.stack(found)).float()
 
 

@@ -62,7 +62,9 @@ def test_the_network_comes_back_as_it_was(tmp_path: Path, shape: dict[str, int])
         ("print.jpg", "CMYK", {}),
         ("clear.png", "RGBA", {}),
         ("köln.webp", "RGB", {}),
+        ("palette.png", "P", {"transparency": bytes(range(256))}),
         ("small.bmp", "RGB", {"size": (1, 1)}),
+        ("a line.png", "RGB", {"size": (1, 50)}),
     ],
 )
 def test_photographs_of_any_kind_get_mask_and_overlay(

@@ -186,7 +186,10 @@ def test_finished_training_is_loaded_not_repeated(tmp_path: Path) -> None:
     def never(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
         raise AssertionError
 
+    left_over = run.path("checkpoints", "points.partial.pt")
+    left_over.write_bytes(b"of a run killed right after its last checkpoint")
     assert same(train(run, never), first)
+    assert not left_over.exists()
 
 
 def test_result_does_not_depend_on_loader_processes(tmp_path: Path) -> None:
