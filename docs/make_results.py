@@ -9,6 +9,7 @@ a new run does not need the folders of the old ones: a run of the same name repl
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -136,15 +137,21 @@ def keep(folder: Path) -> None:
     record = record_of(folder)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     on_demo = str(record["data"]).startswith("demo")
-    name = folder.name if folder.name != record["recipe"] else f"{record['recipe']}-s{record['seed']}"
+    name = _named(folder.name, record["seed"])
+    record["reused"] = record["reused"] and _named(record["reused"], record["seed"])
     places = {"until": None} if on_demo else {"until": None, "data": "voc:PATH"}
     for key, place in (("outside", "FOLDER"), ("saliency", None), ("reuse", None), ("share", None)):
         if isinstance(config.get(key), str):
-            places[key] = place or f"runs/{Path(config[key]).name}"
+            places[key] = place or f"runs/{_named(Path(config[key]).name, record['seed'])}"
     record["data"] = places.get("data", record["data"])
     record["command"] = repeat_command({**config, **places, "out": f"runs/{name}"})
     text = json.dumps(record, indent=1) + "\n"
     write_text(RECORDS / ("demo" if on_demo else "runs") / f"{name}.json", text)
+
+
+def _named(name: str, seed: int) -> str:
+    """The name of a run with its seed, which a folder need not have in its own."""
+    return name if re.search(r"-[a-z]+\d", name) else f"{name}-s{seed}"
 
 
 if __name__ == "__main__":

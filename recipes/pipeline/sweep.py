@@ -236,7 +236,8 @@ def _known_costs(config: SweepConfig) -> dict[str, tuple[float, float]]:
     found: dict[str, list[tuple[float, float]]] = {}
     for file in files:
         metrics = json.loads(file.read_text())
-        if metrics.get("preset") != config.preset or "machine" not in metrics:
+        preset = metrics.get("preset") or metrics.get("command", "").partition("--preset ")[2].partition(" ")[0]
+        if preset != config.preset or "machine" not in metrics:
             continue
         taken = metrics.get("taken") or (["classify"] if metrics.get("reused") else [])
         own = {stage: costs for stage, costs in metrics["stages"].items() if stage not in taken}
@@ -286,7 +287,8 @@ def run_sweep(
             passed_over = 0
             if not run.finished:
                 place = f"{len(plan) - len(waiting)}/{len(plan)}"
-                console.print(f"[bold]{place}  {run.name}[/]  {time.strftime('%H:%M')}", highlight=False)
+                log = f"{time.strftime('%H:%M')}  {config.out / run.name}.log"
+                console.print(f"[bold]{place}  {run.name}[/]  [dim]{escape(log)}[/]", highlight=False, soft_wrap=True)
                 why = _make(config, run, launch)
                 if why:
                     failed[run.name] = why

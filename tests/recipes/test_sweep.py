@@ -40,7 +40,7 @@ def photographs(tmp_path, monkeypatch):
     """A data set with masks and nothing else: no saliency, boxes or images from outside."""
     found = make_dataset(tmp_path / "data")
     monkeypatch.setattr(sweep, "load_dataset", lambda spec, **options: found)
-    monkeypatch.setattr(sweep, "RECORDS", tmp_path / "no records")
+    monkeypatch.setattr(sweep, "RECORDS", tmp_path / "records")
     monkeypatch.setattr(sweep, "WAIT", 0.01)
     monkeypatch.chdir(tmp_path)
     return found
@@ -178,6 +178,18 @@ def test_the_plan_says_what_it_will_take():
     assert "2 rw-s0 new 20.0 s 1 min 00 s" in told
     assert "3 irn-s0 new - -" in told
     assert "2 of 3 to make 20.0 s 1 min 00 s 1 not made before, not in the sum" in told
+
+
+def test_what_it_takes_leaves_out_what_was_taken_over(tmp_path):
+    record = {"recipe": "irn", "machine": {}, "command": "python -m recipes run irn --preset demo --seed 1"}
+    record |= {
+        "reused": "cam-s0",
+        "stages": {**STAGES, "relations": {"seconds": 9.0, "cpu_seconds": 4.0, "peak_mb": 1}},
+    }
+    (tmp_path / "records" / "demo").mkdir(parents=True)
+    (tmp_path / "records" / "demo" / "irn-s1.json").write_text(json.dumps(record))
+    assert sweep._known_costs(asked("irn")) == {"irn": (4.0, 9.0)}
+    assert sweep._known_costs(dataclasses.replace(asked("irn"), preset="small")) == {}
 
 
 # The runs.
@@ -373,7 +385,7 @@ def test_a_real_sweep_is_resumed(monkeypatch, tmp_path):
     process.communicate(timeout=60)
     assert process.returncode == 143
     assert not (tmp_path / "real/rw-s0").exists()
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = (tmp_path / "real" / name / "checkpoints/classify.pt" for name in ("rw-s0", "cam-s0"))
     assert ours.samefile(theirs)
