@@ -217,7 +217,7 @@ def main(config: Config) -> dict:
             write_fused_masks(run, saliency, config.alpha)
 
     with run.stage("segment", "Segmentation network from the masks"):
-        segmentation_from_masks(run, "mask_crf", config.segment)
+        segmentation_from_masks(run, "mask_crf" if config.mask_crf or saliency is None else "mask", config.segment)
 
     return finish(run)
 
