@@ -61,8 +61,8 @@ def hierarchical_context_loss(
         their graph (``detach_teacher=False``).
 
     Notes:
-        Averages are linear, so that only the difference of the maps is averaged; where its sides are multiples of a
-        level, the next ones are averages of that. Computed in float32 for half precision. Compiles with
+        Averages are linear, so that only the difference of the maps is averaged, over the windows of all levels in one
+        product. Computed in float32 for half precision. Compiles with
         ``fullgraph=True``. Under DDP the mean over processes with equal batches is that of one process.
 
     Example:
@@ -86,7 +86,8 @@ def hierarchical_context_loss(
         check_floating(f"student[{stage}]", s)
         check_shape(f"teacher[{stage}]", t, s.shape, "to match student")
         check_floating(f"teacher[{stage}]", t)
-        cost = _stage_cost(s, t.detach() if detach_teacher else t, levels, decay, reduction)
+        with torch.autocast(s.device.type, enabled=False):
+            cost = _stage_cost(s, t.detach() if detach_teacher else t, levels, decay, reduction)
         total = cost if total is None else total + cost
     assert total is not None  # for mypy: there is a stage
     return total.to(students[0].dtype)
@@ -347,35 +348,33 @@ def _stage_cost(student: Tensor, teacher: Tensor, levels: Sequence[int], decay: 
     s, t = at_least_float32(student), at_least_float32(teacher)
     # the difference is only averaged, so that nothing of its size has to be kept for the way back
     cost = _per_image(F.mse_loss(s, t, reduction="none" if each else "sum"), s, each)
-    source = difference = s - t
-    weight = weights = 1.0
-    for level in levels:
-        if level >= s.shape[2]:
-            continue
-        if source.shape[2] % level or source.shape[3] % level:  # windows of windows would not be windows
-            source = difference
-        pooled = _average(source, level)
-        # further levels may be averages of these if their windows are all alike
-        alike = difference.shape[2] % level == 0 and difference.shape[3] % level == 0
-        source = pooled if alike else difference
-        weight *= decay
-        weights += weight
-        cost = cost + weight * _per_image(pooled.square(), pooled, each)
-    cost = cost / weights
+    counted = [level for level in levels if level < s.shape[2]]
+    shares = [decay**i for i in range(1, 1 + len(counted))]
+    if counted:
+        windows = torch.cat([_windows(s, level) for level in counted])  # (sum of l * l, H W)
+        share = torch.cat([s.new_full((level**2,), w / level**2) for level, w in zip(counted, shares, strict=True)])
+        averages = (s - t).flatten(2) @ windows.mT  # (B, C, sum of l * l)
+        cost = cost + _per_image(averages.square() @ share, s[:, :, 0, 0], each)
+    cost = cost / (1 + sum(shares))
     return cost / max(1, len(s)) if reduction == "mean" else cost
 
 
 def _per_image(squares: Tensor, of: Tensor, each: bool) -> Tensor:
     """Sum of the squares divided by the entries of one image: of each image, or of all together."""
-    return (squares.sum((1, 2, 3)) if each else squares.sum()) / max(1, of[:1].numel())
+    return (squares.flatten(1).sum(1) if each else squares.sum()) / max(1, of[:1].numel())
 
 
-def _average(x: Tensor, level: int) -> Tensor:
-    if level == 1:
-        return x.mean((2, 3), keepdim=True)
-    if x.shape[2] % level or x.shape[3] % level:
-        return F.adaptive_avg_pool2d(x, level)
-    return x.unflatten(3, (level, -1)).unflatten(2, (level, -1)).mean((3, 5))
+def _windows(x: Tensor, level: int) -> Tensor:
+    """(l * l, H W): the share of each cell in the average over each of l x l windows, those of adaptive pooling."""
+    rows, columns = (_spans(x, side, level) for side in x.shape[2:])
+    return (rows[:, None, :, None] * columns[:, None]).flatten(0, 1).flatten(1)
+
+
+def _spans(x: Tensor, side: int, level: int) -> Tensor:
+    """(l, side): the same along one axis, whose windows overlap where the side is no multiple of l."""
+    place, window = torch.arange(side, device=x.device), torch.arange(level, device=x.device)[:, None]
+    start, stop = window * side // level, ((window + 1) * side + level - 1) // level
+    return ((place >= start) & (place < stop)).to(x.dtype) / (stop - start)
 
 
 def _check_levels(levels: Sequence[int], decay: float, reduction: str) -> None:

@@ -37,7 +37,7 @@ def on_include(app: Sphinx, path: Path, parent: str, content: list[str]) -> None
 
 def on_source(app: Sphinx, page: str, content: list[str]) -> None:
     """Generated pages live in the folder of the site but are read in the repository too."""
-    if page in ("results", "benchmarks", "kernels"):
+    if page in ("results", "benchmarks", "kernels", "profiles"):
         content[0] = rewrite(app, page, content[0], Path(app.srcdir))
 
 

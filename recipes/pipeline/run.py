@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
 import json
 import os
+import pickle
 import threading
 import time
+import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,11 +74,14 @@ class RunConfig:
     """Take so many steps, or images, in every stage, with random weights: proves a preset at its real shapes."""
     reuse: Path | None = None
     """Finished run whose classifier (and CAMs, where they are the plain ones) is taken over if its settings agree."""
+    share: Path | None = None
+    """Like reuse, but what does not agree is made anew instead of being refused."""
     until: str | None = None
     """Stop after this stage (classify, cams, masks, ...); the same command without it goes on from there."""
 
 
-IDENTITY_FIELDS_LEFT_OUT = ("out", "workers", "devices", "nodes", "accelerator", "reuse", "until")
+IDENTITY_FIELDS_LEFT_OUT = ("out", "workers", "devices", "nodes", "accelerator", "reuse", "share", "until")
+ORIGIN = ("data", "labels", "classes", "train_list", "seed", "max_steps")  # of a classifier
 
 
 class StoppedEarly(Exception):
@@ -122,7 +128,8 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         file = self.path("metrics.json")
         if file.exists():
-            return json.loads(file.read_text())
+            with reading(file):
+                return json.loads(file.read_text())
         config = self.config
         return {
             "recipe": self.recipe,
@@ -265,8 +272,13 @@ def start(recipe: str, config: RunConfig, takes: Sequence[str] = ("classify", "c
         _open_folder(folder, recipe, config)
     fabric.barrier()
     run = Run(recipe, config, fabric, dataset, folder)
-    if config.reuse is not None and fabric.global_rank == 0:
-        _take_over(run, config.reuse, takes)
+    if fabric.global_rank == 0:
+        if run.path("metrics.json").exists():
+            run.record(finished=False)
+        if config.reuse is not None:
+            _take_over(run, config.reuse, takes)
+        elif config.share is not None:
+            _share(run, config.share, takes)
     fabric.barrier()
     return run
 
@@ -300,32 +312,31 @@ def _open_folder(folder: Path, recipe: str, config: RunConfig) -> None:
         left_over.unlink()
     file, wanted = folder / "config.yaml", {"recipe": recipe, **settings(config)}
     if file.exists():
-        found = yaml.safe_load(file.read_text())
-        differing = sorted(
-            key
-            for key in wanted.keys() | found.keys()
-            if key not in IDENTITY_FIELDS_LEFT_OUT and wanted.get(key) != found.get(key)
-        )
+        differing = differing_settings(_read_settings(file), wanted)
         if differing:
-            told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
+            told = "; ".join(differing)
             raise ValueError(f"out: {folder} holds a run with other settings ({told}); give another --out or remove it")
     with replacing(file, "w") as out:
         yaml.safe_dump(wanted, out, sort_keys=False)
+
+
+def differing_settings(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], keys: Iterable[str] | None = None
+) -> list[str]:
+    """Where two ``config.yaml`` differ, a few words a setting; by default in what makes them those of two runs."""
+    if keys is None:
+        keys = sorted((wanted.keys() | found.keys()) - set(IDENTITY_FIELDS_LEFT_OUT))
+    differing = [key for key in keys if wanted.get(key) != found.get(key)]
+    return [f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in differing]
 
 
 def _take_over(run: Run, source: Path, takes: Sequence[str]) -> None:
     """Link what the stages ``takes`` left in ``source`` into ``run`` if it was made with the same settings."""
     if not takes:
         raise ValueError(f"reuse: {run.recipe} trains no plain classifier, so there is nothing to take over")
-    file = source / "config.yaml"
-    if not file.exists():
-        raise ValueError(f"reuse: expected a run folder with config.yaml, got {source}")
-    found, wanted = yaml.safe_load(file.read_text()), settings(run.config)
-    keys = ("data", "labels", "classes", "train_list", "seed", "max_steps", *takes)
-    differing = [key for key in keys if found.get(key) != wanted.get(key)]
-    if differing:
-        told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in differing)
-        raise ValueError(f"reuse: the classifier of {source} was made with other settings ({told})")
+    told = _differing(run, source, (*ORIGIN, *takes))
+    if told:
+        raise ValueError(f"reuse: the classifier of {source} was made with other settings ({'; '.join(told)})")
     needed, found_too = [source / "checkpoints" / "classify.pt"], [source / "curves" / "classify.jsonl"]
     if "cams" in takes:
         needed += [source / "cam" / f"{name}.npz" for name in run.train]
@@ -338,27 +349,122 @@ def _take_over(run: Run, source: Path, takes: Sequence[str]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             os.link(file, target)
-    stages = json.loads((source / "metrics.json").read_text())["stages"]
-    run.record(stages={name: stages[name] for name in takes if name in stages}, reused=str(source))
+    with reading(source / "metrics.json"):
+        stages = json.loads((source / "metrics.json").read_text())["stages"]
+    taken = {name: stages[name] for name in takes if name in stages}
+    run.record(stages=taken, reused=str(source), taken=list(taken))
+
+
+def _share(run: Run, source: Path, takes: Sequence[str]) -> None:
+    """:func:`_take_over` of the first stages whose settings agree; says what is made anew."""
+    if not takes:
+        return
+    taken: list[str] = []
+    told = _differing(run, source, ORIGIN)
+    for stage in takes:
+        told = told or _differing(run, source, (stage,))
+        if told:
+            run.console.print(f"  {stage} is made anew, not that of {source}: {'; '.join(told)}", highlight=False)
+            break
+        taken.append(stage)
+    if taken:
+        _take_over(run, source, taken)
+
+
+def _differing(run: Run, source: Path, keys: Sequence[str]) -> list[str]:
+    file = source / "config.yaml"
+    if not file.exists():
+        raise ValueError(f"reuse: expected a run folder with config.yaml, got {source}")
+    return differing_settings(_read_settings(file), settings(run.config), keys)
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    with reading(file):
+        found = yaml.safe_load(file.read_text())
+        if not isinstance(found, dict):
+            raise yaml.YAMLError(f"no settings in it, but {found!r}")
+        return found
 
 
 @contextmanager
 def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary file beside ``path`` and rename it to ``path`` once it is written whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Open a temporary file beside ``path`` and rename it to ``path`` once it is written whole.
+
+    Raises:
+        OSError: the disk is full, or whatever else the system says; ``path`` is as it was before.
+    """
     part = path.with_name(f"{path.name}.part-{os.getpid()}-{threading.get_ident()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open(mode) as file:
             yield file
         part.replace(path)
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error  # torch.save hides what the system said behind an error of its own
+        while cause is not None and getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            cause = cause.__context__
+        if isinstance(cause, OSError):
+            told = f"{cause.strerror}; make room, and the same command goes on where it stopped"
+            raise OSError(cause.errno, told, str(path)) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+# What broken files raise in the libraries that read them.
+_DAMAGE = (
+    OSError,
+    EOFError,
+    KeyError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    yaml.YAMLError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+ANEW = "Remove it, and the same command makes it anew"
+
+
+@contextmanager
+def reading(path: Path, advice: str = ANEW) -> Iterator[None]:
+    """Tell which file it is that can't be read, and what to do; by default it is one that a run has written.
+
+    Raises:
+        ValueError: the file is damaged, or holds a pickle.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except _DAMAGE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: cannot be read ({reason}); it is damaged or of another kind. {advice}") from error
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write a compressed ``.npz`` without pickles."""
     with replacing(path) as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read what :func:`save_arrays` wrote; no pickle is ever loaded."""
+    with reading(path), path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("it holds other things than arrays")
+        return arrays
+
+
+def load_tensors(path: Path, device: str | torch.device = "cpu", *, advice: str = ANEW) -> dict[str, Any]:
+    """Read tensors, numbers and texts that torch saved; no other pickle is ever loaded."""
+    with reading(path, advice):
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 def save_mask(path: Path, mask: np.ndarray, palette_index: Sequence[int]) -> None:
@@ -375,7 +481,8 @@ def load_mask(path: Path, palette_index: Sequence[int]) -> np.ndarray:
     """Read what :func:`save_mask` wrote: (H, W) uint8 with 0..K or 255."""
     table = np.full(256, 255, dtype=np.uint8)
     table[list(palette_index)] = np.arange(len(palette_index), dtype=np.uint8)
-    return table[np.asarray(Image.open(path))]
+    with reading(path), Image.open(path) as stored:
+        return table[np.asarray(stored)]
 
 
 def _processor_seconds() -> float:
