@@ -70,4 +70,4 @@ sphinx_gallery_conf = {
     "capture_repr": (),
     "within_subsection_order": "FileNameSortKey",
 }
-suppress_warnings = ["config.cache", "toc.empty_glob"]  # profiles are written where they were taken
+suppress_warnings = ["config.cache"]
