@@ -22,31 +22,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import tv_tensors
 
 from recipes.cli import run_recipe
 from recipes.pipeline.attention import Attended, AttendingTrunk, freeze_norms, with_random_weights
-from recipes.pipeline.cams import save_cam
+from recipes.pipeline.cams import write_maps
 from recipes.pipeline.labels import measure_cams, measure_masks, refine_masks, write_masks
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, start
-from recipes.pipeline.training import (
-    AdamSchedule,
-    Moment,
-    RandomLongSide,
-    TaggedCrops,
-    crop_transform,
-    fit,
-    two_speed_groups,
-)
-from recipes.pipeline.transformers import TokenConfig
+from recipes.pipeline.run import Run, start
+from recipes.pipeline.segmenter import SegFormerHead
+from recipes.pipeline.training import FramedCrops, Moment, RandomLongSide, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, scaled_size, views
+from recipes.settings.afa import PRESETS, AFAConfig, Config
 from wsss_losses import AFATerms, afa_loss
 from wsss_modules import (
     AffinityRandomWalk,
@@ -61,80 +52,7 @@ from wsss_modules import (
     refine_walked_scores,
 )
 
-
-@dataclass(frozen=True)
-class AFAConfig:
-    """The labels of a step and the training."""
-
-    cam_scales: tuple[float, ...] = (1.0,)
-    """Sizes whose CAMs are merged in each step, each with its mirror image; the walk takes the affinity of the last."""
-    low: float = 0.35
-    """Background score under which a pixel is trusted to be background."""
-    high: float = 0.55
-    """Background score above which a pixel is trusted to be foreground."""
-    radius: int = 2
-    """Reach of the affinities in cells, a quarter of the crop's side as published."""
-    dilations: tuple[int, ...] = (1, 2, 4, 8)
-    """Rings of neighbours of PAR, in pixels of half the size."""
-    par_steps: int = 10
-    """Iterations of PAR."""
-    tags_only: float = 0.1
-    """Share of the steps in which only the tags are learnt."""
-    walk_after: float = 0.3
-    """Share of the steps after which the decoder learns from walked labels."""
-    seg_weight: float = 0.1
-    """Weight of the segmentation loss."""
-    affinity_weight: float = 0.1
-    """Weight of the affinity loss."""
-    decoder_dim: int = 64
-    """Width of the decoder."""
-    frozen_norms: bool = False
-    """Keep the pretrained norms as they are."""
-    long_side: tuple[int, int] = (112, 160)
-    """Range of the longer side of the resized images in pixels."""
-    crop: int = 128
-    """Side of the training crops in pixels."""
-    schedule: AdamSchedule = field(
-        default_factory=lambda: AdamSchedule(epochs=8, batch_size=16, lr=1e-4, head_lr=1e-3, decay="poly")
-    )
-    """Training schedule."""
-
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Settings of a run."""
-
-    tokens: TokenConfig = field(default_factory=lambda: TokenConfig(frozen_stages=3, grid=8))
-    afa: AFAConfig = field(default_factory=AFAConfig)
-    scales: tuple[float, ...] = (1.0, 0.5, 1.5)
-    """Sizes whose CAMs are merged for the seeds."""
-    threshold: float = 0.45
-    """Background score at which the CAMs themselves are measured."""
-    mask_crf: bool = False
-    """Refine all pseudo masks by a CRF, not only those that are measured; the network trains on neither."""
-    test_scales: tuple[float, ...] = (1.0, 0.75, 1.25)
-    """Sizes whose segmentations are merged, each with its mirror image."""
-
-
-class Decoder(nn.Module):
-    """SegFormer's: each level to one width, enlarged to the finest and mixed: levels to (B, classes, h, w)."""
-
-    def __init__(self, channels: Sequence[int], dim: int, classes: int) -> None:
-        super().__init__()
-        self.project = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in channels)
-        self.mix = nn.Sequential(
-            nn.Conv2d(dim * len(channels), dim, 1, bias=False),
-            nn.GroupNorm(min(8, dim), dim),  # small batches; the published one synchronises batch norms
-            nn.ReLU(),
-            nn.Dropout2d(0.1),
-            nn.Conv2d(dim, classes, 1),
-        )
-
-    def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        size = levels[0].shape[-2:]
-        maps = [project(level) for project, level in zip(self.project, levels, strict=True)]
-        large = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps]
-        return self.mix(torch.cat(large[::-1], 1))
+__all__ = ["PRESETS", "Config", "main"]
 
 
 class AFAOutput(NamedTuple):
@@ -153,7 +71,7 @@ class AFANet(nn.Module):
         self.trunk, self.mean, self.std = trunk, trunk.mean, trunk.std
         self.classifier = CAMHead(trunk.out_channels, num_classes, pool="max")
         self.affinity = AttentionAffinityHead(trunk.num_maps)
-        self.decoder = Decoder(trunk.level_channels, config.decoder_dim, 1 + num_classes)
+        self.decoder = SegFormerHead(trunk.level_channels, config.decoder_dim, 1 + num_classes)
 
     def forward(self, images: Tensor) -> AFAOutput:
         seen = self.trunk(images)
@@ -163,19 +81,6 @@ class AFANet(nn.Module):
         """Signed CAMs (B, K, h, w) and affinities; the decoder is left out."""
         seen: Attended = self.trunk(images)
         return self.classifier.class_maps(seen.final), self.affinity(seen.attentions)
-
-
-class RegionCrops(TaggedCrops):
-    """``image``, ``labels``, and the ``region`` x1, y1, x2, y2 of the crop that is not padding."""
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        name = self.names[index]
-        image = tv_tensors.Image(self.dataset.image(name))
-        image, mask = self.transform(image, tv_tensors.Mask(torch.zeros(1, *image.shape[-2:], dtype=torch.uint8)))
-        rows, columns = ((mask[0] == 0).as_subclass(Tensor).any(axis).nonzero()[[0, -1], 0] for axis in (1, 0))
-        region = torch.stack([columns[0], rows[0], columns[1] + 1, rows[1] + 1])
-        labels = torch.from_numpy(self.dataset.labels(name))
-        return {"image": image.as_subclass(Tensor), "labels": labels, "region": region}
 
 
 class Localised(NamedTuple):
@@ -245,8 +150,8 @@ def train(run: Run, model: AFANet, config: AFAConfig) -> None:
         freeze_norms(model.trunk)
     heads = [model.classifier, model.affinity, model.decoder, *model.trunk.new]
     groups = two_speed_groups(model, heads, config.schedule)
-    transform = crop_transform(RandomLongSide(*config.long_side), config.crop, model.mean, model.std)
-    fit(run, "afa", model, RegionCrops(run.dataset, run.train, transform), loss_of, groups, config.schedule)
+    transform = crop_transform(RandomLongSide(*config.long_side), config.crop, model.mean, model.std, mask_fill=0)
+    fit(run, "afa", model, FramedCrops(run.dataset, run.train, transform), loss_of, groups, config.schedule)
 
 
 def found_in(run: Run, model: AFANet, name: str, scales: Sequence[float]) -> Localised:
@@ -256,13 +161,11 @@ def found_in(run: Run, model: AFANet, name: str, scales: Sequence[float]) -> Loc
 
 
 def write_seeds(run: Run, model: AFANet, scales: Sequence[float]) -> None:
-    @torch.no_grad()
-    def work(name: str) -> None:
+    def maps_of(name: str) -> dict[str, Tensor]:
         keys = torch.from_numpy(run.dataset.labels(name)).nonzero()[:, 0]
-        cam = found_in(run, model, name, scales).cam[0][keys.to(run.fabric.device)]
-        save_cam(run, name, keys + 1, cam)
+        return {"keys": keys + 1, "cam": found_in(run, model, name, scales).cam[0][keys.to(run.fabric.device)]}
 
-    run.for_each(run.train + run.val, lambda name: run.path("cam", f"{name}.npz"), work)
+    write_maps(run, run.train + run.val, maps_of)
 
 
 def write_walks(run: Run, model: AFANet, config: AFAConfig, scales: Sequence[float]) -> None:
@@ -300,60 +203,6 @@ def write_segmentation(run: Run, model: AFANet, scales: Sequence[float]) -> None
 
     write_masks(run, run.val or run.train, mask_of, "segmentation")
     measure_masks(run, "segmentation", "segmentation")
-
-
-# Windows are a quarter of the crop's side, as 8 of 32 cells are. The published steps are 20,000; `small` takes the 405
-# of the plain classifier, in which new blocks need a higher rate. CAMs of one scale keep a step at about twice the
-# price of the plain one; three would cost seven more forward passes.
-PRESETS = {
-    "demo": Config(),
-    "small": Config(
-        tokens=TokenConfig(frozen_stages=4, grid=14),
-        afa=AFAConfig(
-            radius=4,
-            dilations=(1, 2, 4, 8, 12, 24),
-            decoder_dim=128,
-            long_side=(256, 400),
-            crop=224,
-            schedule=AdamSchedule(epochs=5, batch_size=16, lr=1e-4, head_lr=1e-3, decay="poly"),
-        ),
-        test_scales=(0.75, 1.0, 0.5),
-    ),
-    "paper": Config(
-        tokens=TokenConfig(backbone="mit_b1", drop_path=0.1),
-        afa=AFAConfig(
-            cam_scales=(1.0, 0.5, 1.5),
-            radius=8,
-            dilations=(1, 2, 4, 8, 12, 24),
-            decoder_dim=256,
-            frozen_norms=True,
-            long_side=(256, 1024),
-            crop=512,
-            schedule=AdamSchedule(
-                epochs=8,
-                batch_size=4,
-                lr=6e-5,
-                head_lr=6e-4,
-                weight_decay=0.01,
-                warmup=0.075,
-                start=1e-6,
-                decay="poly",
-            ),
-        ),
-        test_scales=(1.0, 0.5, 0.75),
-    ),
-    "tiny": Config(
-        data="demo:tiny",
-        tokens=TokenConfig(frozen_stages=3, dim=48, depth=2, heads=3, grid=8),
-        afa=AFAConfig(
-            decoder_dim=16,
-            par_steps=2,
-            schedule=AdamSchedule(epochs=1, batch_size=4, lr=1e-4, head_lr=1e-3, decay="poly"),
-        ),
-        scales=(1.0,),
-        test_scales=(1.0,),
-    ),
-}
 
 
 def main(config: Config) -> dict:

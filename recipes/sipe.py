@@ -20,35 +20,25 @@ optimiser. Its scripts read 1,464 images where IRN's need all 10,582 of train_au
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from torchvision import tv_tensors
 
 from recipes import irn
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import CamConfig
+from recipes.pipeline.cams import CamConfig, save_cam, share_of_classes
 from recipes.pipeline.classification import ClassifyConfig, make_trunk
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Trunk
-from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, load_arrays, save_arrays, start
+from recipes.pipeline.run import Run, load_arrays, save_arrays, start
 from recipes.pipeline.segmentation import segmentation_from_masks
-from recipes.pipeline.segmenter import SegmentConfig
-from recipes.pipeline.training import (
-    Moment,
-    RandomLongSide,
-    crop_transform,
-    fit,
-    two_speed_groups,
-)
+from recipes.pipeline.training import FramedCrops, Moment, RandomLongSide, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, views
+from recipes.settings.sipe import PRESETS, Config, ExploreConfig
 from wsss_losses import sipe_loss
 from wsss_modules import (
     IRN_CRF,
@@ -62,47 +52,7 @@ from wsss_modules import (
     normalize_cam,
 )
 
-
-@dataclass(frozen=True)
-class ExploreConfig:
-    """Image-specific prototypes."""
-
-    side_channels: tuple[int, ...] = (128, 128, 256, 256)
-    """Channels that the last stages of the backbone are projected to, as many stages as numbers."""
-    bg_weight: float = 0.5
-    """Weight of the background's overlap where seeds are found."""
-    gsc_weight: float = 1.0
-    """Weight of the agreement of both kinds of maps."""
-    count_padding: bool = True
-    """Compare the maps in the padding of the crops too, as released."""
-    clip: float = 1.0
-    """Longest gradient of a step."""
-
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Settings of a run."""
-
-    classify: ClassifyConfig = field(default_factory=lambda: fine(CLASSIFY["demo"]))
-    explore: ExploreConfig = field(default_factory=ExploreConfig)
-    cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
-    bg_doubt: float = 0.5
-    """Weight of the background where it is to be trusted."""
-    relation: irn.RelationConfig = field(default_factory=lambda: irn.PRESETS["demo"].relation)
-    walk: irn.WalkConfig = field(default_factory=lambda: sharpened(irn.PRESETS["demo"].walk))
-    mask_crf: bool = True
-    """Train the segmentation on CRF-refined masks."""
-    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
-
-
-def fine(classify: ClassifyConfig) -> ClassifyConfig:
-    """Prototypes are taken from cells of 16 pixels, in training too."""
-    return replace(classify, output_stride=16)
-
-
-def sharpened(walk: irn.WalkConfig) -> irn.WalkConfig:
-    """Cosines are flat: the published walk starts from their power 1.5."""
-    return replace(walk, cam_power=1.5)
+__all__ = ["PRESETS", "Config", "main"]
 
 
 class Output(NamedTuple):
@@ -138,26 +88,6 @@ class SIPE(nn.Module):
         return self.explore.read(maps, merge_flip(*self.explore.hierarchy(levels))[None], labels)
 
 
-class CropsWithInside(Dataset):
-    """``image`` (3, crop, crop), ``labels`` (K,) and ``inside`` (1, crop, crop), 0 in the padding."""
-
-    def __init__(self, run: Run, config: ClassifyConfig, trunk: Trunk) -> None:
-        self.run, self.names = run, run.train
-        resize = RandomLongSide(*config.long_side)
-        self.transform = crop_transform(resize, config.crop, trunk.mean, trunk.std, jitter=config.jitter, mask_fill=0)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        name = self.names[index]
-        image = self.run.dataset.image(name)
-        inside = tv_tensors.Mask(torch.ones(1, image.height, image.width, dtype=torch.uint8))
-        image, inside = self.transform(tv_tensors.Image(image), inside)
-        labels = torch.from_numpy(self.run.dataset.labels(name))
-        return {"image": image.as_subclass(Tensor), "labels": labels, "inside": inside.as_subclass(Tensor)}
-
-
 def train_sipe(run: Run, classify: ClassifyConfig, config: ExploreConfig) -> SIPE:
     """Section 3.4: the tags, and the agreement of the ordinary with the image-specific maps."""
     model = SIPE(make_trunk(run, classify, classify.output_stride), len(run.dataset.classes), config)
@@ -169,7 +99,9 @@ def train_sipe(run: Run, classify: ClassifyConfig, config: ExploreConfig) -> SIP
         return sipe_loss(logits, found.scores, is_cam, batch["labels"], valid, gsc_weight=config.gsc_weight)
 
     groups = two_speed_groups(model, [model.head, model.explore], classify.schedule)
-    crops = CropsWithInside(run, classify, model.trunk)
+    resize, trunk = RandomLongSide(*classify.long_side), model.trunk
+    transform = crop_transform(resize, classify.crop, trunk.mean, trunk.std, jitter=classify.jitter, mask_fill=0)
+    crops = FramedCrops(run.dataset, run.train, transform)
     fit(run, "sipe", model, crops, loss_of, groups, classify.schedule, clip=config.clip)
     return model
 
@@ -192,19 +124,12 @@ def write_maps(run: Run, model: SIPE, names: tuple[str, ...], config: CamConfig)
         maps = [model.read(both, labels).is_cam for both in both_at_each]
         size = tuple(image.shape[-2:])
         merged = multi_scale_cam(maps, F.pad(labels, (1, 0), value=1), size, stride=4, round_to=16)
-        keys = merged.keys[1:].cpu().numpy() - 1  # of the classes; channel 0 is the background
+        keys = merged.keys[1:] - 1  # of the classes; channel 0 is the background
         fine, coarse = (x.half().cpu().numpy() for x in (merged.high_res, merged.cam))
-        save_arrays(run.path("is_cam", f"{name}.npz"), keys=keys, scores=fine, coarse=coarse)
-        fine, coarse = (share_of_classes(x).half().cpu().numpy() for x in (merged.high_res, merged.cam))
-        save_arrays(run.path("cam", f"{name}.npz"), keys=keys, cam=fine, coarse=coarse)
+        save_arrays(run.path("is_cam", f"{name}.npz"), keys=keys.cpu().numpy(), scores=fine, coarse=coarse)
+        save_cam(run, name, keys, share_of_classes(merged.high_res), share_of_classes(merged.cam))
 
     run.for_each(names, lambda name: run.path("cam", f"{name}.npz"), work)
-
-
-def share_of_classes(scores: Tensor) -> Tensor:
-    """Maps (1+k, H, W) of background and classes -> (k, H, W): each class against the background, in [0, 1]."""
-    background, classes = scores[:1], scores[1:]
-    return classes / (background + classes).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def read_maps(run: Run, name: str, what: str = "scores") -> tuple[Tensor, Tensor]:
@@ -240,37 +165,6 @@ def refine(run: Run, config: Config) -> None:
     with run.stage("masks", "Masks: random walk between boundaries, and a dense CRF"):
         write_masks(run, run.train, walked)
         refine_masks(run, config.mask_crf)
-
-
-PRESETS = {
-    "demo": Config(),
-    # The classifier's settings at cells of 16 pixels. The published clip of the gradient's length is kept: it is what
-    # holds the rates of the new layers.
-    "small": Config(
-        classify=fine(CLASSIFY["small"]),
-        cams=replace(CAMS["small"], output_stride=16),
-        relation=irn.PRESETS["small"].relation,
-        walk=sharpened(irn.PRESETS["small"].walk),
-        segment=SEGMENT["small"],
-    ),
-    # Only the last two stages of the backbone learn, as the released network detaches its second stage.
-    "paper": Config(
-        classify=replace(CLASSIFY["paper"], frozen_stages=3),
-        cams=CAMS["paper"],
-        relation=irn.PRESETS["paper"].relation,
-        walk=sharpened(irn.PRESETS["paper"].walk),
-        mask_crf=False,
-        segment=SEGMENT["paper"],
-    ),
-    "tiny": Config(
-        data="demo:tiny",
-        classify=fine(CLASSIFY["tiny"]),
-        cams=CAMS["tiny"],
-        relation=irn.PRESETS["tiny"].relation,
-        walk=sharpened(irn.PRESETS["tiny"].walk),
-        segment=SEGMENT["tiny"],
-    ),
-}
 
 
 def main(config: Config) -> dict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -48,6 +48,12 @@ class Cam(NamedTuple):
     """(k, H, W) float32 at the size of the image."""
     coarse: np.ndarray
     """(k, ceil(H / 4), ceil(W / 4)) float32."""
+
+
+class Maps(NamedTuple):
+    """``cam`` (B, K, h, w): the output of a network that is read for its maps alone."""
+
+    cam: Tensor
 
 
 def write_cams(
@@ -99,6 +105,18 @@ def write_cams(
     run.for_each(names, lambda name: run.path(folder, f"{name}.npz"), work)
 
 
+def write_maps(
+    run: Run, names: Sequence[str], maps_of: Callable[[str], Mapping[str, Tensor]], folder: str = "cam"
+) -> None:
+    """Write ``FOLDER/IMAGE.npz`` for each image, where ``maps_of(name)`` gives the arguments of :func:`save_cam`."""
+
+    @torch.no_grad()
+    def work(name: str) -> None:
+        save_cam(run, name, folder=folder, **maps_of(name))
+
+    run.for_each(names, lambda name: run.path(folder, f"{name}.npz"), work)
+
+
 def save_cam(
     run: Run, name: str, keys: Tensor, cam: Tensor, coarse: Tensor | None = None, folder: str = "cam", **more: Tensor
 ) -> None:
@@ -109,6 +127,15 @@ def save_cam(
     coarse = _quarter(cam) if coarse is None else coarse
     arrays = {"keys": keys, "cam": cam.half(), "coarse": coarse.half(), **more}
     save_arrays(run.path(folder, f"{name}.npz"), **{key: value.cpu().numpy() for key, value in arrays.items()})
+
+
+def share_of_classes(scores: Tensor) -> Tensor:
+    """Scores (1 + k, H, W) of background and classes to (k, H, W): each class against the background, in [0, 1].
+
+    The class of the highest of all scores is that of the highest share, where that exceeds one half.
+    """
+    background, classes = scores[:1], scores[1:]
+    return classes / (background + classes).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def _quarter(cam: Tensor) -> Tensor:

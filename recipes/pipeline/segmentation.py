@@ -39,6 +39,11 @@ def segmentation_from_masks(
         save_pretrained(
             run.folder / "model", network, config, run.dataset.classes, run.dataset.palette_index, recipe=run.recipe
         )
+    measure_segmentation(run, network, config)
+
+
+def measure_segmentation(run: Run, network: Segmenter, config: SegmentConfig) -> None:
+    """Segment and measure the val images, or without any the training images."""
     segment(run, network, run.val or run.train, config)
     measure_masks(run, "segmentation", "segmentation")
     if config.crf:

@@ -1,4 +1,4 @@
-"""The segmentation network: DeepLab in three forms, on any backbone."""
+"""The segmentation network, DeepLab in three forms on any backbone, and heads for networks of one's own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import segmentation_models_pytorch as smp
 import timm
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.pipeline.models import Features, build_trunk, freeze_stages, keep_statistics, load_weights
@@ -60,6 +62,31 @@ class DeepLabHead(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         return sum(branch(features.final) for branch in self.branches)
+
+
+class SegFormerHead(nn.Module):
+    """Each level brought to one width, enlarged to the finest and mixed: levels to logits (B, classes, h, w).
+
+    Paper: Xie et al., "SegFormer: Simple and Efficient Design for Semantic Segmentation with Transformers", NeurIPS
+    2021, arXiv:2105.15203, whose batch norm, synchronised there, is a group norm here, for small batches.
+    """
+
+    def __init__(self, channels: Sequence[int], dim: int, classes: int) -> None:
+        super().__init__()
+        self.project = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in channels)
+        self.mix = nn.Sequential(
+            nn.Conv2d(dim * len(channels), dim, 1, bias=False),
+            nn.GroupNorm(min(8, dim), dim),
+            nn.ReLU(),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(dim, classes, 1),
+        )
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        size = levels[0].shape[-2:]
+        maps = [project(level) for project, level in zip(self.project, levels, strict=True)]
+        large = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps]
+        return self.mix(torch.cat(large[::-1], 1))
 
 
 class Segmenter(nn.Module):

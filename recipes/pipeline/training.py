@@ -454,6 +454,26 @@ class TaggedCrops(Dataset):
         return {"image": image.as_subclass(Tensor), "labels": labels, "index": torch.tensor(index)}
 
 
+class FramedCrops(TaggedCrops):
+    """`TaggedCrops` that know their padding: ``inside`` (1, crop, crop) uint8 is 0 there, ``region`` (4,) the rest.
+
+    The region is x1, y1, x2, y2 in pixels. ``transform`` should be that of `crop_transform` with ``mask_fill=0``.
+    """
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = tv_tensors.Image(self.dataset.image(self.names[index]))
+        image, inside = self.transform(image, tv_tensors.Mask(torch.ones_like(image[:1])))
+        inside = inside.as_subclass(Tensor)
+        (top, bottom), (left, right) = (inside[0].any(axis).nonzero()[[0, -1], 0] for axis in (1, 0))
+        return {
+            "image": image.as_subclass(Tensor),
+            "labels": torch.from_numpy(self.dataset.labels(self.names[index])),
+            "index": torch.tensor(index),
+            "inside": inside,
+            "region": torch.stack([left, top, right + 1, bottom + 1]),
+        }
+
+
 class MaskedCrops(Dataset):
     """``image`` (3, crop, crop) and ``mask`` (crop, crop) int64, with the masks of ``mask_of(name)`` (H, W) uint8."""
 

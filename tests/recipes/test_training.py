@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from recipes.pipeline.data import load_dataset
 from recipes.pipeline.run import Run, RunConfig
 from recipes.pipeline.training import (
     AdamSchedule,
+    FramedCrops,
     Moment,
     RandomLongSide,
     RandomScale,
@@ -255,6 +257,21 @@ def test_crops_pad_images_with_zero_and_masks_with_ignore() -> None:
     assert (mask[0][~inside] == 255).all()
     assert (image[0][inside] == 1).all()
     assert (image[0][~inside] == 0).all()
+
+
+def test_crops_say_which_part_is_not_padding() -> None:
+    data = load_dataset("demo:tiny")
+    transform = crop_transform(RandomScale(0.5, 0.5), 128, (0.5,) * 3, (0.5,) * 3, mask_fill=0)
+    crops = FramedCrops(data, data.train, transform)
+    for index in range(4):
+        item = crops[index]
+        x1, y1, x2, y2 = item["region"].tolist()
+        height, width = data.size(data.train[index])
+        assert (y2 - y1, x2 - x1) == (round(height / 2), round(width / 2))
+        assert item["inside"].shape == (1, 128, 128)
+        assert item["inside"][:, y1:y2, x1:x2].all()
+        assert item["inside"].sum() == (y2 - y1) * (x2 - x1)
+        assert not item["image"][:, item["inside"][0] == 0].any(), "padded with 0 after the normalisation"
 
 
 def test_random_long_side_keeps_the_aspect_and_the_range() -> None:
