@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -35,18 +34,10 @@ from recipes.pipeline.attention import Attended, AttendingTrunk, freeze_norms, w
 from recipes.pipeline.cams import save_cam
 from recipes.pipeline.labels import measure_cams, measure_masks, refine_masks, write_masks
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, start
-from recipes.pipeline.training import (
-    AdamSchedule,
-    Moment,
-    RandomLongSide,
-    TaggedCrops,
-    crop_transform,
-    fit,
-    two_speed_groups,
-)
-from recipes.pipeline.transformers import TokenConfig
+from recipes.pipeline.run import Run, start
+from recipes.pipeline.training import Moment, RandomLongSide, TaggedCrops, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, scaled_size, views
+from recipes.settings.afa import PRESETS, AFAConfig, Config
 from wsss_losses import AFATerms, afa_loss
 from wsss_modules import (
     AffinityRandomWalk,
@@ -61,59 +52,7 @@ from wsss_modules import (
     refine_walked_scores,
 )
 
-
-@dataclass(frozen=True)
-class AFAConfig:
-    """The labels of a step and the training."""
-
-    cam_scales: tuple[float, ...] = (1.0,)
-    """Sizes whose CAMs are merged in each step, each with its mirror image; the walk takes the affinity of the last."""
-    low: float = 0.35
-    """Background score under which a pixel is trusted to be background."""
-    high: float = 0.55
-    """Background score above which a pixel is trusted to be foreground."""
-    radius: int = 2
-    """Reach of the affinities in cells, a quarter of the crop's side as published."""
-    dilations: tuple[int, ...] = (1, 2, 4, 8)
-    """Rings of neighbours of PAR, in pixels of half the size."""
-    par_steps: int = 10
-    """Iterations of PAR."""
-    tags_only: float = 0.1
-    """Share of the steps in which only the tags are learnt."""
-    walk_after: float = 0.3
-    """Share of the steps after which the decoder learns from walked labels."""
-    seg_weight: float = 0.1
-    """Weight of the segmentation loss."""
-    affinity_weight: float = 0.1
-    """Weight of the affinity loss."""
-    decoder_dim: int = 64
-    """Width of the decoder."""
-    frozen_norms: bool = False
-    """Keep the pretrained norms as they are."""
-    long_side: tuple[int, int] = (112, 160)
-    """Range of the longer side of the resized images in pixels."""
-    crop: int = 128
-    """Side of the training crops in pixels."""
-    schedule: AdamSchedule = field(
-        default_factory=lambda: AdamSchedule(epochs=8, batch_size=16, lr=1e-4, head_lr=1e-3, decay="poly")
-    )
-    """Training schedule."""
-
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Settings of a run."""
-
-    tokens: TokenConfig = field(default_factory=lambda: TokenConfig(frozen_stages=3, grid=8))
-    afa: AFAConfig = field(default_factory=AFAConfig)
-    scales: tuple[float, ...] = (1.0, 0.5, 1.5)
-    """Sizes whose CAMs are merged for the seeds."""
-    threshold: float = 0.45
-    """Background score at which the CAMs themselves are measured."""
-    mask_crf: bool = False
-    """Refine all pseudo masks by a CRF, not only those that are measured; the network trains on neither."""
-    test_scales: tuple[float, ...] = (1.0, 0.75, 1.25)
-    """Sizes whose segmentations are merged, each with its mirror image."""
+__all__ = ["PRESETS", "Config", "main"]
 
 
 class Decoder(nn.Module):
@@ -300,60 +239,6 @@ def write_segmentation(run: Run, model: AFANet, scales: Sequence[float]) -> None
 
     write_masks(run, run.val or run.train, mask_of, "segmentation")
     measure_masks(run, "segmentation", "segmentation")
-
-
-# Windows are a quarter of the crop's side, as 8 of 32 cells are. The published steps are 20,000; `small` takes the 405
-# of the plain classifier, in which new blocks need a higher rate. CAMs of one scale keep a step at about twice the
-# price of the plain one; three would cost seven more forward passes.
-PRESETS = {
-    "demo": Config(),
-    "small": Config(
-        tokens=TokenConfig(frozen_stages=4, grid=14),
-        afa=AFAConfig(
-            radius=4,
-            dilations=(1, 2, 4, 8, 12, 24),
-            decoder_dim=128,
-            long_side=(256, 400),
-            crop=224,
-            schedule=AdamSchedule(epochs=5, batch_size=16, lr=1e-4, head_lr=1e-3, decay="poly"),
-        ),
-        test_scales=(0.75, 1.0, 0.5),
-    ),
-    "paper": Config(
-        tokens=TokenConfig(backbone="mit_b1", drop_path=0.1),
-        afa=AFAConfig(
-            cam_scales=(1.0, 0.5, 1.5),
-            radius=8,
-            dilations=(1, 2, 4, 8, 12, 24),
-            decoder_dim=256,
-            frozen_norms=True,
-            long_side=(256, 1024),
-            crop=512,
-            schedule=AdamSchedule(
-                epochs=8,
-                batch_size=4,
-                lr=6e-5,
-                head_lr=6e-4,
-                weight_decay=0.01,
-                warmup=0.075,
-                start=1e-6,
-                decay="poly",
-            ),
-        ),
-        test_scales=(1.0, 0.5, 0.75),
-    ),
-    "tiny": Config(
-        data="demo:tiny",
-        tokens=TokenConfig(frozen_stages=3, dim=48, depth=2, heads=3, grid=8),
-        afa=AFAConfig(
-            decoder_dim=16,
-            par_steps=2,
-            schedule=AdamSchedule(epochs=1, batch_size=4, lr=1e-4, head_lr=1e-3, decay="poly"),
-        ),
-        scales=(1.0,),
-        test_scales=(1.0,),
-    ),
-}
 
 
 def main(config: Config) -> dict:

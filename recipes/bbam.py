@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -37,17 +36,15 @@ from torch import Tensor
 
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import save_cam
-from recipes.pipeline.data.boxes import Boxes, BoxOrigin, read_boxes
-from recipes.pipeline.detection import DetectConfig, Detector, train_detector
-from recipes.pipeline.instances import MaskHeadConfig, measure_instances, train_mask_head, write_instances
+from recipes.pipeline.data.boxes import Boxes, read_boxes
+from recipes.pipeline.detection import Detector, train_detector
+from recipes.pipeline.instances import measure_instances, train_mask_head, write_instances
 from recipes.pipeline.labels import measure_cams, measure_masks
-from recipes.pipeline.presets import SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, save_arrays, save_mask, start
+from recipes.pipeline.run import Run, save_arrays, save_mask, start
 from recipes.pipeline.segmentation import segmentation_from_masks
-from recipes.pipeline.segmenter import SegmentConfig
-from recipes.pipeline.training import Schedule
 from recipes.pipeline.views import image_tensor, view
+from recipes.settings.bbam import PRESETS, Config, ExplainConfig, MaskConfig
 from wsss_modules import (
     BBAM_CRF,
     BoundingBoxAttributionMap,
@@ -62,56 +59,7 @@ from wsss_modules import (
     unary_from_scores,
 )
 
-
-@dataclass(frozen=True)
-class ExplainConfig:
-    """How the part of an image that an object needs is sought."""
-
-    steps: int = 20
-    """Steps of Adam; published: 300."""
-    lr: float = 0.1
-    """Its rate, about how far a cell moves in a step; published: 0.02."""
-    area: float = 0.007
-    """Price of a cell that stays."""
-    tv: float = 1e-4
-    """Weight of the roughness."""
-    stride: tuple[float, float] = (6.0, 10.0)
-    """Pixels a side of a cell, and how many more for an object as large as the image; published: 16 and 48."""
-    proposals: int = 200
-    """Proposals around each box; published: 1000."""
-    positives: int = 20
-    """Of these, as many explain the object together; published: 100."""
-    at_once: int = 8
-    """Objects of an image in one batch."""
-
-
-@dataclass(frozen=True)
-class MaskConfig:
-    """How attribution maps become masks of instances."""
-
-    strict: float = 0.85
-    """Share of a box that is not certain in strict masks."""
-    loose: float = 0.2
-    """The same of loose masks; what lies between them is left open."""
-    blur: tuple[float, float] = (3.0, 8.0)
-    """Radius of the blur in pixels, and how much more for a box as large as the image; published: 16 and 48."""
-    stretch: bool = True
-    """Let the values of a map go from 0 to 1; the released code leaves boxes that cover the image without a mask."""
-
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Settings of a run."""
-
-    boxes: BoxOrigin = "annotations"
-    """Boxes of the data set; components_of_masks makes them from ground-truth masks."""
-    detect: DetectConfig = field(default_factory=DetectConfig)
-    explain: ExplainConfig = field(default_factory=ExplainConfig)
-    seed_threshold: float = 0.25
-    """Background score at which the attribution maps themselves are measured."""
-    masks: MaskConfig = field(default_factory=MaskConfig)
-    mask_head: MaskHeadConfig = field(default_factory=MaskHeadConfig)
-    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
+__all__ = ["PRESETS", "Config", "main"]
 
 
 def explain_image(
@@ -201,49 +149,6 @@ def read_objects(run: Run, name: str, count: int) -> list[Tensor]:
     """The attribution maps (h, w) of an image's objects."""
     with np.load(run.path("cam", f"{name}.npz")) as stored:
         return [torch.from_numpy(stored[f"object_{k}"]) for k in range(count)]
-
-
-PRESETS = {
-    "demo": Config(),
-    # 405 steps for the detector, as cam's classifier has, and cam's segmentation; cells and blur shrink from the short
-    # side of 800 pixels that they were published for to 256 and to VOC's 375
-    "small": Config(
-        detect=DetectConfig(
-            frozen_stages=4,
-            anchors=(32, 80, 160),
-            size=256,
-            schedule=Schedule(epochs=5, batch_size=16, lr=0.01, head_lr=0.05),
-        ),
-        explain=ExplainConfig(stride=(8.0, 16.0)),
-        masks=MaskConfig(blur=(16.0, 48.0)),
-        segment=SEGMENT["small"],
-    ),
-    "paper": Config(
-        detect=DetectConfig(
-            backbone="resnet101",
-            frozen_stages=2,
-            strides=(4, 8, 16, 32),
-            anchors=(32, 64, 128, 256),
-            channels=256,
-            hidden=1024,
-            size=800,
-            schedule=Schedule(epochs=27, batch_size=16, lr=0.01, head_lr=0.01),
-        ),
-        explain=ExplainConfig(steps=300, lr=0.02, stride=(16.0, 48.0), proposals=1000, positives=100, at_once=4),
-        masks=MaskConfig(blur=(16.0, 48.0), stretch=False),
-        mask_head=MaskHeadConfig(
-            channels=256, schedule=Schedule(epochs=15, batch_size=8, lr=0.008, head_lr=0.008, weight_decay=1e-4)
-        ),
-        segment=SEGMENT["paper"],
-    ),
-    "tiny": Config(
-        data="demo:tiny",
-        detect=DetectConfig(size=96, schedule=Schedule(epochs=1, batch_size=4, lr=0.005, head_lr=0.02)),
-        explain=ExplainConfig(steps=3, lr=0.3, proposals=20, positives=5),
-        mask_head=MaskHeadConfig(schedule=Schedule(epochs=1, batch_size=4, lr=0.02, head_lr=0.02)),
-        segment=SEGMENT["tiny"],
-    ),
-}
 
 
 def main(config: Config) -> dict:

@@ -18,40 +18,17 @@ CVPR 2019); docs/results.md has what was measured here.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import CamConfig, write_cams
-from recipes.pipeline.classification import ClassifyConfig, train_classifier
+from recipes.pipeline.cams import write_cams
+from recipes.pipeline.classification import train_classifier
 from recipes.pipeline.labels import measure_cams, refine_masks, threshold_mask, write_masks
-from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import RunConfig, start
+from recipes.pipeline.run import start
 from recipes.pipeline.segmentation import segmentation_from_masks
-from recipes.pipeline.segmenter import SegmentConfig
+from recipes.settings.cam import PRESETS, Config
 
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Settings of a run."""
-
-    classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
-    cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
-    threshold: float = 0.25
-    """Background score: a pixel whose CAMs are all below is background."""
-    mask_crf: bool = True
-    """Train the segmentation on CRF-refined masks."""
-    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
-
-
-PRESETS = {
-    "demo": Config(),
-    "small": Config(classify=CLASSIFY["small"], cams=CAMS["small"], segment=SEGMENT["small"]),
-    "paper": Config(
-        classify=CLASSIFY["paper"], cams=CAMS["paper"], threshold=0.15, mask_crf=False, segment=SEGMENT["paper"]
-    ),
-    "tiny": Config(data="demo:tiny", classify=CLASSIFY["tiny"], cams=CAMS["tiny"], segment=SEGMENT["tiny"]),
-}
+__all__ = ["PRESETS", "Config", "main"]
 
 
 def main(config: Config) -> dict:

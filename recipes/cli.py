@@ -1,8 +1,9 @@
 """The commands behind ``python -m recipes``: list, run, evaluate, compare, sweep, predict, copy.
 
-A recipe is any module of this package with ``Config``, ``PRESETS`` and ``main``; nothing is registered. A copy of one
-is a command of its own with the same flags, because both end in :func:`run_recipe`. What needs torch is imported by
-the command that needs it, so that a list or a help text comes at once.
+A recipe is any module of this package with ``Config``, ``PRESETS`` and ``main``, the first two as a rule imported from
+:mod:`recipes.settings`; nothing is registered. A copy of one is a command of its own with the same flags, because both
+end in :func:`run_recipe`. What needs torch is imported by the command that needs it, so that a list or a help text
+comes at once.
 """
 
 from __future__ import annotations
@@ -362,6 +363,10 @@ def predict(
 def copy(name: Name, file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]) -> None:
     """Copy a recipe to a script of your own, to edit and run.
 
+    The script imports its settings from `recipes/settings/NAME.py`. Each is a flag; a preset of your own is a line
+    below the imports, `PRESETS = {**PRESETS, "mine": replace(PRESETS["small"], ...)}`; for a setting that is not there
+    copy that file too and import yours.
+
     Args:
         name: one of those that `list` shows.
         file: the new script; never overwritten.
@@ -376,7 +381,10 @@ def copy(name: Name, file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(m
         raise FileNotFoundError(f"file: there is no folder {target.parent}")
     shutil.copyfile(recipe.path, target)
     command = shlex.join(["python", str(target)])
-    _console().print(f"copied {name}; run it with\n  {escape(command)}", soft_wrap=True, highlight=False)
+    told = f"copied {name}; run it with\n  {command}"
+    if _settings(name).is_file():
+        told += f"\nits settings are in {_settings(name)}; copy --help says how to change them"
+    _console().print(escape(told), soft_wrap=True, highlight=False)
 
 
 # Recipes, found by looking at the package.
@@ -389,7 +397,7 @@ def discover() -> dict[str, Recipe]:
         spec = info.module_finder.find_spec(info.name, None)
         if info.ispkg or spec is None or spec.origin is None:
             continue
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        tree = _parse(Path(spec.origin))
         presets = _presets(tree)
         if presets is not None:
             paper, _, rest = (ast.get_docstring(tree) or "").partition("\n")
@@ -400,14 +408,30 @@ def discover() -> dict[str, Recipe]:
 
 
 def _presets(tree: ast.Module) -> tuple[str, ...] | None:
-    """Keys of the dictionary that ``PRESETS`` is set to; None if there is none, so that the module is no recipe."""
+    """Keys of ``PRESETS``, which the module sets to a dictionary or imports from :mod:`recipes.settings`, or both.
+
+    None if it does neither, so that it is no recipe.
+    """
+    found: tuple[str, ...] | None = None
     for node in tree.body:
-        if not isinstance(node, ast.Assign | ast.AnnAssign) or not isinstance(node.value, ast.Dict):
-            continue
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        if any(isinstance(target, ast.Name) and target.id == "PRESETS" for target in targets):
-            return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))
-    return None
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "PRESETS" for alias in node.names):
+            package, _, name = str(node.module).rpartition(".")
+            if package == "recipes.settings":
+                found = _presets(_parse(_settings(name)))
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == "PRESETS" for target in targets):
+                kept = (found or ()) if None in node.value.keys else ()  # {**PRESETS, ...}
+                found = (*kept, *(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)))
+    return found
+
+
+def _settings(name: str) -> Path:
+    return Path(__file__).parent / "settings" / f"{name}.py"
+
+
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def _find(name: str) -> Recipe:

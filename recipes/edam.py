@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -34,25 +34,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import CamConfig, read_cam, write_cams
+from recipes.pipeline.cams import read_cam, write_cams
 from recipes.pipeline.labels import measure_cams, measure_masks, write_masks
 from recipes.pipeline.models import Trunk, build_trunk, freeze_stages
-from recipes.pipeline.presets import CAMS, SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, start
+from recipes.pipeline.run import Run, start
 from recipes.pipeline.saliency import saliency_source
 from recipes.pipeline.segmentation import segmentation_from_masks
-from recipes.pipeline.segmenter import SegmentConfig
-from recipes.pipeline.training import (
-    Moment,
-    RandomLongSide,
-    Schedule,
-    TaggedCrops,
-    crop_transform,
-    fit,
-    two_speed_groups,
-)
+from recipes.pipeline.training import Moment, RandomLongSide, TaggedCrops, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor
+from recipes.settings.edam import PRESETS, Config, EDAMConfig
 from wsss_losses import edam_loss
 from wsss_modules import (
     PSA_CRF,
@@ -66,60 +57,9 @@ from wsss_modules import (
     unary_from_scores,
 )
 
+__all__ = ["PRESETS", "Config", "main"]
+
 CRF = replace(PSA_CRF, iterations=3)
-
-
-@dataclass(frozen=True)
-class EDAMConfig:
-    """The network and its training."""
-
-    backbone: str = "tf_efficientnet_lite0"
-    """timm name or resnet38."""
-    weights: str = "imagenet"
-    """imagenet, random or a file."""
-    output_stride: int = 16
-    """Pixels per cell of the last map while training (resnet38: always 8)."""
-    frozen_stages: int = 3
-    """Stem and stages that keep their pretrained weights."""
-    width: int = 128
-    """Channels of the tokens."""
-    heads: int = 2
-    """Heads of the attention."""
-    layers: int = 1
-    """Transformer blocks of each class, one after the other."""
-    normalization: str = "l2_abs"
-    """How background and classes share a cell: l2_abs, softmax or sigmoid."""
-    dropout: float = 0.1
-    """Dropout in the attention."""
-    classes: int | None = None
-    """Classes a pair is asked for: those present, and others at random; all by default."""
-    long_side: tuple[int, int] = (112, 160)
-    """Range of the longer side of the resized images in pixels."""
-    crop: int = 128
-    """Side of the training crops in pixels."""
-    warmup: float = 0.06
-    """Share of the steps in which the learning rate rises from a tenth; published: 2,000 of 33,050."""
-    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=3, batch_size=8, lr=0.005, head_lr=0.05))
-    """Training schedule; a batch is of as many pairs; ``head_lr`` is that of masks, projection and classifiers."""
-
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Settings of a run."""
-
-    saliency: str | None = None
-    """Saliency maps: a run of c2am or a folder; by default those of the data set; none for masks without."""
-    edam: EDAMConfig = field(default_factory=EDAMConfig)
-    cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
-    threshold: float = 0.5
-    """Background score at which the masks are measured, and of labels without saliency."""
-    salient: float = 20 / 255
-    """Saliency up to which a pixel is background unless a class is all but certain."""
-    alpha: float = 1e-6
-    """Least score of a class where an image is salient."""
-    beta: float = 0.99999
-    """Score above which a class needs no saliency."""
-    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
 
 
 class EDAM(nn.Module):
@@ -222,41 +162,6 @@ def write_labels(run: Run, config: Config, saliency: Callable[[str], np.ndarray]
     measure_masks(run)
     write_masks(run, run.train, lambda name: label(name, refine=True), "mask_crf")
     measure_masks(run, "mask_crf", "mask+crf")
-
-
-PRESETS = {
-    "demo": Config(),
-    # Eight pairs are the 16 crops of a step in other recipes, and an epoch, in which each image is once the first of a
-    # pair, takes as many steps as two of theirs. The plain classifier's five would be 2.5 of these; three are taken.
-    "small": Config(
-        edam=EDAMConfig(
-            frozen_stages=4,
-            long_side=(256, 400),
-            crop=224,
-            schedule=Schedule(epochs=3, batch_size=8, lr=0.02, head_lr=0.2),
-        ),
-        cams=replace(CAMS["small"], output_stride=16),
-        segment=SEGMENT["small"],
-    ),
-    "paper": Config(
-        edam=EDAMConfig(
-            backbone="resnet38",
-            output_stride=8,
-            frozen_stages=2,
-            long_side=(256, 512),
-            crop=368,
-            schedule=Schedule(epochs=25, batch_size=4, lr=0.001, head_lr=0.01, weight_decay=5e-4),
-        ),
-        cams=CAMS["paper"],
-        segment=SEGMENT["paper"],
-    ),
-    "tiny": Config(
-        data="demo:tiny",
-        edam=EDAMConfig(width=16, schedule=Schedule(epochs=1, batch_size=4, lr=0.005, head_lr=0.05)),
-        cams=CAMS["tiny"],
-        segment=SEGMENT["tiny"],
-    ),
-}
 
 
 def main(config: Config) -> dict:

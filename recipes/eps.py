@@ -25,50 +25,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import CamConfig, write_cams
-from recipes.pipeline.classification import ClassifyConfig, make_trunk
+from recipes.pipeline.cams import write_cams
+from recipes.pipeline.classification import make_trunk
 from recipes.pipeline.labels import measure_cams, refine_masks, threshold_mask, write_masks
 from recipes.pipeline.models import Trunk
-from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, start
+from recipes.pipeline.run import Run, start
 from recipes.pipeline.saliency import SaliencyCrops, saliency_source
 from recipes.pipeline.segmentation import segmentation_from_masks
-from recipes.pipeline.segmenter import SegmentConfig
-from recipes.pipeline.training import Moment, RandomLongSide, Schedule, crop_transform, fit, two_speed_groups
+from recipes.pipeline.training import Moment, RandomLongSide, crop_transform, fit, two_speed_groups
+from recipes.settings.eps import PRESETS, Config
 from wsss_losses import EPSLoss, EPSTerms
 from wsss_modules import BackgroundAwareCAMHead
 
+__all__ = ["PRESETS", "Config", "main"]
+
 PADDING = -1  # saliency of pixels outside of the image
-
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Settings of a run."""
-
-    saliency: str | None = None
-    """Saliency maps: a run of c2am or a folder; by default those of the data set."""
-    eps: ClassifyConfig = field(default_factory=lambda: replace(CLASSIFY["demo"], output_stride=16, jitter=True))
-    """The network and its training."""
-    overlap: float = 0.4
-    """Share of a class's area that must be salient for the class to be foreground."""
-    foreground_weight: float = 0.5
-    """Weight of the foreground in the estimated saliency, the complement being the background's; 0.9 for COCO."""
-    padding_is_background: bool = True
-    """What pads a crop is supervised as background, as released, or left out."""
-    cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
-    threshold: float = 0.2
-    """Background score of the masks."""
-    mask_crf: bool = False
-    """Train the segmentation on CRF-refined masks; the published system does not."""
-    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
 
 
 class EPSOutput(NamedTuple):
@@ -110,39 +88,6 @@ def train_eps(run: Run, config: Config, saliency: Callable[[str], np.ndarray]) -
     groups = two_speed_groups(net, [net.head], options.schedule, double_biases=options.double_biases)
     fit(run, "eps", net, crops, loss_of, groups, options.schedule)
     return net
-
-
-PRESETS = {
-    "demo": Config(),
-    # The plain classifier's schedule and rates; cells of 16 pixels, since maps are compared with saliency on their
-    # grid, 14 x 14 for 7 x 7 of the plain classifier (the published system has 56 x 56).
-    "small": Config(
-        eps=replace(CLASSIFY["small"], output_stride=16, jitter=True),
-        cams=replace(CAMS["small"], output_stride=16),
-        segment=SEGMENT["small"],
-    ),
-    "paper": Config(
-        eps=ClassifyConfig(
-            backbone="resnet38",
-            output_stride=8,
-            frozen_stages=2,
-            long_side=(256, 512),
-            crop=448,
-            jitter=True,
-            double_biases=True,
-            # 20,000 steps
-            schedule=Schedule(epochs=15, batch_size=8, lr=0.01, head_lr=0.1, weight_decay=5e-4, momentum=5e-4),
-        ),
-        cams=CAMS["paper"],
-        segment=SEGMENT["paper"],
-    ),
-    "tiny": Config(
-        data="demo:tiny",
-        eps=replace(CLASSIFY["tiny"], output_stride=16),
-        cams=CAMS["tiny"],
-        segment=SEGMENT["tiny"],
-    ),
-}
 
 
 def main(config: Config) -> dict:

@@ -24,8 +24,8 @@ at 448 pixels, in batches of 32 for 45 epochs, and reads scales of 1, .75 and 1.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,80 +33,20 @@ from torchvision.transforms import v2
 
 from recipes import rw
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import CamConfig, write_cams
+from recipes.pipeline.cams import write_cams
 from recipes.pipeline.labels import measure_cams
-from recipes.pipeline.presets import CAMS, SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, start
+from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
-from recipes.pipeline.segmenter import SegmentConfig
-from recipes.pipeline.training import (
-    AdamSchedule,
-    Moment,
-    RandomLongSide,
-    Schedule,
-    TaggedCrops,
-    crop_transform,
-    fit,
-    two_speed_groups,
-)
-from recipes.pipeline.transformers import TokenConfig, TokenTrunk, build_token_trunk
+from recipes.pipeline.training import Moment, RandomLongSide, TaggedCrops, crop_transform, fit, two_speed_groups
+from recipes.pipeline.transformers import TokenTrunk, build_token_trunk
+from recipes.settings.mctformer import PRESETS, Config, MCTConfig
 from wsss_losses import MCTformerLoss, MCTformerTerms
 from wsss_modules import MultiClassTokenOutput, MultiClassTokenViT, refine_with_patch_affinity
 
+__all__ = ["PRESETS", "Config", "main"]
+
 MODES = ("fused", "patchcam", "mct")
-
-
-@dataclass(frozen=True)
-class MCTConfig:
-    """The multi-class token transformer, its training and its maps."""
-
-    variant: Literal["v1", "v2", "plus"] = "v2"
-    """v1: class tokens alone; v2: also maps of the patches; plus: pooled by rank, with contrast between tokens."""
-    contrast_weight: float = 1.0
-    """Plus: weight of the contrast."""
-    layers: int = 3
-    """Blocks, from the last one, whose attention makes the maps."""
-    mode: Literal["auto", "fused", "patchcam", "mct"] = "auto"
-    """Maps of class tokens (mct), of patches, or their product; auto: the product, in V1 those of class tokens."""
-    refine: bool = True
-    """Smooth the maps by the attention between patches."""
-    compare_modes: bool = False
-    """Also measure the maps of the other modes, and those of this mode without (or with) the smoothing."""
-    augmentation: Literal["crop", "strong"] = "crop"
-    """Crops of a resized image; or, as published, resized crops of any share, RandAugment and random erasing."""
-    long_side: tuple[int, int] = (112, 160)
-    """Range of the longer side of the resized images in pixels (crop)."""
-    crop: int = 128
-    """Side of the training crops in pixels."""
-    schedule: AdamSchedule = field(default_factory=lambda: AdamSchedule(epochs=5, batch_size=16, lr=1e-4, head_lr=1e-3))
-    """Training schedule."""
-
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Settings of a run."""
-
-    tokens: TokenConfig = field(default_factory=lambda: TokenConfig(frozen_stages=3, grid=8))
-    mct: MCTConfig = field(default_factory=MCTConfig)
-    cams: CamConfig = field(default_factory=lambda: replace(CAMS["demo"], output_stride=16))
-    threshold: float = 0.39
-    """Background score at which the seeds themselves are measured."""
-    affinity: rw.AffinityConfig = field(default_factory=lambda: trusted(rw.PRESETS["demo"].affinity))
-    walk: rw.WalkConfig = field(default_factory=lambda: walking(rw.PRESETS["demo"].walk))
-    mask_crf: bool = True
-    """Train the segmentation on CRF-refined masks."""
-    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
-
-
-def trusted(affinity: rw.AffinityConfig) -> rw.AffinityConfig:
-    """PSA's affinity network under the backgrounds of MCTformer."""
-    return replace(affinity, low_alpha=1.0, high_alpha=12.0)
-
-
-def walking(walk: rw.WalkConfig) -> rw.WalkConfig:
-    """PSA's random walk with a constant background, and a quarter of its steps."""
-    return replace(walk, background=0.39, steps=walk.steps // 4)
 
 
 def build(run: Run, config: Config) -> tuple[TokenTrunk, MultiClassTokenViT]:
@@ -188,61 +128,6 @@ def write_seeds(run: Run, trunk: TokenTrunk, model: MultiClassTokenViT, config: 
             folder = f"cam_{mode}_{'refined' if refine else 'plain'}"
             write_cams(run, Localizer(trunk, model, mode, refine), run.seeds, config.cams, folder, **options)
             measure_cams(run, config.threshold, folder, f"seed, {mode} {'refined' if refine else 'plain'}")
-
-
-# 405 steps of 16 crops, the budget of the plain classifier, are few for blocks that start from random weights, so that
-# they learn ten times as fast as the pretrained layers, under the rate that is usual for small transformers. The
-# published rate is 5e-4 for 512 images, scaled to the batch; minimum 1e-5; 5 epochs of 60 warm up.
-PRESETS = {
-    "demo": Config(),
-    "small": Config(
-        tokens=TokenConfig(frozen_stages=4, grid=14),
-        mct=MCTConfig(
-            long_side=(256, 400),
-            crop=224,
-            schedule=AdamSchedule(epochs=5, batch_size=16, lr=1e-4, head_lr=1e-3),
-        ),
-        cams=CamConfig(output_stride=16, scales=(1.0, 0.75)),  # and a size nearer to those trained at
-        affinity=trusted(rw.PRESETS["small"].affinity),
-        walk=walking(rw.PRESETS["small"].walk),
-        segment=SEGMENT["small"],
-    ),
-    "paper": Config(
-        tokens=TokenConfig(backbone="deit_small_patch16_224", drop_path=0.1),
-        mct=MCTConfig(
-            augmentation="strong",
-            crop=224,
-            compare_modes=True,
-            schedule=AdamSchedule(epochs=60, batch_size=64, lr=6.25e-5, head_lr=6.25e-5, warmup=5 / 60, floor=0.16),
-        ),
-        cams=CamConfig(output_stride=16, scales=(1.0,)),
-        affinity=replace(
-            trusted(rw.PRESETS["paper"].affinity),
-            schedule=Schedule(epochs=5, batch_size=8, lr=0.01, head_lr=0.1, weight_decay=5e-4, momentum=5e-4),
-        ),
-        walk=walking(rw.PRESETS["paper"].walk),
-        mask_crf=False,
-        segment=SegmentConfig(
-            architecture="largefov",
-            encoder="resnet38",
-            output_stride=8,
-            scale=(0.7, 1.3),
-            crop=321,
-            schedule=Schedule(epochs=30, batch_size=4, lr=7e-4, head_lr=7e-3, weight_decay=1e-5),
-            test_scales=(0.5, 0.75, 1.0, 1.25, 1.5),
-            crf=True,
-        ),
-    ),
-    "tiny": Config(
-        data="demo:tiny",
-        tokens=TokenConfig(frozen_stages=3, dim=48, depth=2, heads=3, grid=8),
-        mct=MCTConfig(schedule=AdamSchedule(epochs=1, batch_size=4, lr=1e-4, head_lr=1e-3)),
-        cams=replace(CAMS["tiny"], output_stride=16),
-        affinity=trusted(rw.PRESETS["tiny"].affinity),
-        walk=walking(rw.PRESETS["tiny"].walk),
-        segment=SEGMENT["tiny"],
-    ),
-}
 
 
 def main(config: Config) -> dict:

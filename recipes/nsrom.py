@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -41,14 +41,14 @@ from recipes.pipeline.cams import read_cam, save_cam
 from recipes.pipeline.classification import make_trunk, whole_images
 from recipes.pipeline.labels import measure_cams, measure_masks, read_mask, write_masks
 from recipes.pipeline.models import Trunk
-from recipes.pipeline.presets import SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, start
+from recipes.pipeline.run import Run, start
 from recipes.pipeline.saliency import saliency_source
 from recipes.pipeline.segmentation import segment, segmentation_from_masks, train_segmentation
-from recipes.pipeline.segmenter import SegmentConfig, Segmenter
-from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
+from recipes.pipeline.segmenter import Segmenter
+from recipes.pipeline.training import Moment, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, view
+from recipes.settings.nsrom import PRESETS, Config, NSROMConfig
 from wsss_losses import AttentionRegressionLoss
 from wsss_modules import (
     GlobalReasoningUnit,
@@ -59,51 +59,9 @@ from wsss_modules import (
     potential_object_mining,
 )
 
+__all__ = ["PRESETS", "Config", "main"]
+
 FIRST = "cam_first"  # folder of the first classifier's maps; those of the second are in cam
-
-
-@dataclass(frozen=True)
-class NSROMConfig:
-    """The two classifiers, which are alike, and their training."""
-
-    backbone: str = "tf_efficientnet_lite0"
-    """timm name; vgg16 has 8 pixels per cell."""
-    weights: str = "imagenet"
-    """imagenet, random or a file."""
-    output_stride: int = 16
-    """Pixels per cell of the last map."""
-    frozen_stages: int = 3
-    """Stem and stages that keep their pretrained weights."""
-    channels: int = 128
-    """Channels of the three layers that precede the reasoning."""
-    nodes: int = 32
-    """Nodes that the unit reasons over."""
-    normalize: bool = False
-    """Divide the nodes by the number of cells, which the released unit does not."""
-    size: int = 128
-    """Images are resized to a square of this side: no crop and no mirror, because cells are accumulated."""
-    accumulate_from: int = 1
-    """First epoch, from 0, whose attention is accumulated."""
-    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=5, batch_size=16, lr=0.005, head_lr=0.05))
-    """Training schedule of each; ``head_lr`` is that of all that follows the backbone."""
-
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Settings of a run."""
-
-    saliency: str | None = None
-    """Saliency maps: a run of c2am or a folder; by default those of the data set."""
-    nsrom: NSROMConfig = field(default_factory=NSROMConfig)
-    threshold: float = 0.25
-    """Background score at which the attention maps are measured."""
-    dilation: int = 30
-    """Side in pixels of the square by which objects and salient regions grow in the second labels."""
-    first_scales: tuple[float, ...] = (1.0,)
-    """Sizes at which the first segmentation network looks at the training images, each with its mirror image."""
-    warm_start: bool = False
-    """Start the second segmentation network from the first; not in the original."""
-    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
 
 
 class Maps(NamedTuple):
@@ -218,37 +176,6 @@ def first_segmentation(run: Run, config: Config) -> Segmenter:
     segment(run, network, run.train, replace(config.segment, test_scales=config.first_scales, crf=True), "first")
     measure_masks(run, "first_crf", "first segmentation+crf")
     return network
-
-
-PRESETS = {
-    "demo": Config(),
-    # Either classifier takes the plain one's steps, its heads half the rate, since they are four layers deep.
-    "small": Config(
-        nsrom=NSROMConfig(
-            frozen_stages=4,
-            size=224,
-            schedule=Schedule(epochs=5, batch_size=16, lr=0.02, head_lr=0.1),
-        ),
-        segment=SEGMENT["small"],
-    ),
-    "paper": Config(
-        nsrom=NSROMConfig(
-            backbone="vgg16",
-            output_stride=8,
-            frozen_stages=0,
-            channels=512,
-            nodes=64,
-            size=256,
-            schedule=Schedule(epochs=15, batch_size=5, lr=0.001, head_lr=0.01, weight_decay=5e-4),
-        ),
-        segment=SEGMENT["paper"],
-    ),
-    "tiny": Config(
-        data="demo:tiny",
-        nsrom=NSROMConfig(channels=32, nodes=8, schedule=Schedule(epochs=2, batch_size=4, lr=0.005, head_lr=0.05)),
-        segment=SEGMENT["tiny"],
-    ),
-}
 
 
 def main(config: Config) -> dict:

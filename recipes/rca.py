@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -33,17 +32,16 @@ from torch import Tensor, nn
 
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import read_cam, save_cam
-from recipes.pipeline.classification import ClassifyConfig, make_trunk, train_classifier, whole_images
+from recipes.pipeline.classification import make_trunk, train_classifier, whole_images
 from recipes.pipeline.labels import measure_cams, measure_masks, refine_masks, threshold_mask, write_masks
 from recipes.pipeline.models import Classifier, Trunk
-from recipes.pipeline.presets import CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, start
+from recipes.pipeline.run import Run, start
 from recipes.pipeline.saliency import saliency_source
 from recipes.pipeline.segmentation import segmentation_from_masks
-from recipes.pipeline.segmenter import SegmentConfig
-from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
+from recipes.pipeline.training import Moment, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, view
+from recipes.settings.rca import PRESETS, Config, RCAConfig
 from wsss_losses import RegionalContrastLoss
 from wsss_modules import (
     PSA_CRF,
@@ -58,55 +56,7 @@ from wsss_modules import (
     unary_from_scores,
 )
 
-
-@dataclass(frozen=True)
-class RCAConfig:
-    """The network with its memory, and its training."""
-
-    backbone: str = "tf_efficientnet_lite0"
-    """timm name; vgg16 has 8 pixels per cell."""
-    weights: str = "classifier"
-    """imagenet, random, a file, or classifier, the weights of a plain one."""
-    output_stride: int = 16
-    """Pixels per cell of the last map."""
-    frozen_stages: int = 3
-    """Stem and stages that keep their pretrained weights."""
-    channels: int = 128
-    """D, channels of features, embeddings and heads; another number than the backbone's is reached by a projection."""
-    slots: int = 50
-    """Slots a class of the memory: about as many as the median class has images, which are 500 on VOC."""
-    prototypes: int = 10
-    """Prototypes a class that pixels read."""
-    read_out: str = "softmax"
-    """How pixels read prototypes: released (a sum that grows with the cube of the features), mean or softmax."""
-    legacy_memory: bool = False
-    """Start the memory from noise and pool over intersections, as the released code does."""
-    size: int = 128
-    """Images are resized to a square of this side: no crop and no mirror, because cells are accumulated."""
-    contrast: float = 0.08
-    """Weight of the contrast as mean over images; released: 0.01 of the sum over a batch of 8."""
-    read_from: int = 1
-    """First epoch, from 0, that has prototypes in the memory and accumulates attention."""
-    contrast_from: int = 1
-    """First epoch with contrast; published: 2 of 30."""
-    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=5, batch_size=16, lr=0.005, head_lr=0.05))
-    """Training schedule; ``head_lr`` is that of projection, embedding and both heads."""
-
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Settings of a run."""
-
-    saliency: str | None = None
-    """Saliency maps: a run of c2am or a folder; by default those of the data set; none for masks without."""
-    classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
-    """The plain classifier, whose weights the network may start from."""
-    rca: RCAConfig = field(default_factory=RCAConfig)
-    threshold: float = 0.25
-    """Background score at which the attention maps are measured, and of masks without saliency."""
-    alpha: float = 4.0
-    """Exponent of the background score that enters the CRF."""
-    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
+__all__ = ["PRESETS", "Config", "main"]
 
 
 class RCAOutput(NamedTuple):
@@ -249,44 +199,6 @@ def write_fused_masks(run: Run, saliency: Callable[[str], np.ndarray], alpha: fl
     measure_masks(run)
     write_masks(run, run.train, lambda name: mask_of(name, refine=True), "mask_crf")
     measure_masks(run, "mask_crf", "mask+crf")
-
-
-PRESETS = {
-    "demo": Config(),
-    "small": Config(
-        classify=CLASSIFY["small"],
-        rca=RCAConfig(
-            frozen_stages=4,
-            slots=200,
-            size=224,
-            # twice the demo's rate of the heads, which are three layers deep; the plain classifier's layer takes 0.2
-            schedule=Schedule(epochs=5, batch_size=16, lr=0.02, head_lr=0.1),
-        ),
-        segment=SEGMENT["small"],
-    ),
-    "paper": Config(
-        rca=RCAConfig(
-            backbone="vgg16",
-            weights="imagenet",
-            output_stride=8,
-            frozen_stages=0,
-            channels=512,
-            slots=500,
-            read_out="released",
-            legacy_memory=True,
-            size=368,
-            contrast_from=2,
-            schedule=Schedule(epochs=30, batch_size=8, lr=0.001, head_lr=0.01, weight_decay=5e-4),
-        ),
-        segment=SEGMENT["paper"],
-    ),
-    "tiny": Config(
-        data="demo:tiny",
-        classify=CLASSIFY["tiny"],
-        rca=RCAConfig(channels=32, slots=8, schedule=Schedule(epochs=2, batch_size=4, lr=0.005, head_lr=0.05)),
-        segment=SEGMENT["tiny"],
-    ),
-}
 
 
 def main(config: Config) -> dict:

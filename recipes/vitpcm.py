@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -37,22 +36,12 @@ from recipes.cli import run_recipe
 from recipes.pipeline.attention import AttendingTrunk, freeze_but_last, with_random_weights
 from recipes.pipeline.cams import read_cam, save_cam
 from recipes.pipeline.labels import measure_cams, measure_masks, threshold_mask, write_masks
-from recipes.pipeline.presets import SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, start
+from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
-from recipes.pipeline.segmenter import SegmentConfig
-from recipes.pipeline.training import (
-    AdamSchedule,
-    Moment,
-    RandomLongSide,
-    TaggedCrops,
-    crop_transform,
-    fit,
-    two_speed_groups,
-)
-from recipes.pipeline.transformers import TokenConfig
+from recipes.pipeline.training import Moment, RandomLongSide, TaggedCrops, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, views
+from recipes.settings.vitpcm import PRESETS, Config, PatchConfig
 from wsss_losses import multi_label_soft_margin_loss, patch_equivariance_loss, pooled_probability_bce_loss
 from wsss_modules import (
     DEEPLAB_CRF,
@@ -68,58 +57,9 @@ from wsss_modules import (
     unary_from_scores,
 )
 
+__all__ = ["PRESETS", "Config", "main"]
+
 THRESHOLD = 0.5  # of a class against the background: where it is the likelier of the two
-
-
-@dataclass(frozen=True)
-class PatchConfig:
-    """The classifier of patches and its training."""
-
-    hidden: int = 48
-    """Width of an LSTM in one direction."""
-    dropout: float = 0.2
-    """Dropout before and within the LSTMs, and before the classifier."""
-    exact: bool = True
-    """Pooled loss from exact log-odds, whose gradient lives on; false: clipped probabilities, as published."""
-    equivariance_weight: float = 1.0
-    """Weight of the loss between views."""
-    l2: float = 0.01
-    """Weight of the squared weights of the classifier."""
-    crop_probability: float = 0.3
-    """Probability with which the second view is a crop."""
-    view_crop: int = 48
-    """Side of such a crop in pixels, a third of the image."""
-    mosaic: bool = True
-    """Tile four second views to one image; false: pass them one by one."""
-    trained_blocks: int | None = None
-    """Blocks of a pretrained ViT that are trained; all by default."""
-    long_side: tuple[int, int] = (112, 160)
-    """Range of the longer side of the resized images in pixels."""
-    crop: int = 128
-    """Side of the training crops in pixels, a multiple of 32."""
-    first: AdamSchedule = field(
-        default_factory=lambda: AdamSchedule(
-            1, 16, lr=0.0, head_lr=1e-3, weight_decay=0.0, warmup=0, decay="poly", power=0
-        )
-    )
-    """Schedule of the new layers alone."""
-    schedule: AdamSchedule = field(
-        default_factory=lambda: AdamSchedule(5, 16, lr=1e-4, head_lr=1e-3, weight_decay=0.0, decay="poly")
-    )
-    """Schedule of all layers."""
-
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Settings of a run."""
-
-    tokens: TokenConfig = field(default_factory=lambda: TokenConfig(frozen_stages=3, grid=8))
-    patches: PatchConfig = field(default_factory=PatchConfig)
-    test_scale: float = 2.0
-    """Size of an image at test time, by its own; published: 960 pixels, 2.5 times those of training."""
-    mask_crf: bool = True
-    """Train the segmentation on CRF-refined masks."""
-    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
 
 
 class PatchNet(nn.Module):
@@ -275,50 +215,6 @@ def write_patch_masks(run: Run, everywhere: bool) -> None:
     names: Sequence[str] = run.train if everywhere else run.seeds
     write_masks(run, names, lambda name: crf_mask(run, name), "mask_crf")
     measure_masks(run, "mask_crf", "mask+crf")
-
-
-# Published: one epoch of the new layers at 1e-3, 79 of the last five blocks at 1e-4, both constant. `small` takes the
-# 405 steps of the plain classifier in all, one epoch of five for the new layers, which go on at their rate.
-CONSTANT = {"weight_decay": 0.0, "warmup": 0.0, "decay": "poly", "power": 0.0}
-PRESETS = {
-    "demo": Config(),
-    "small": Config(
-        tokens=TokenConfig(frozen_stages=4, grid=14),
-        patches=PatchConfig(
-            view_crop=80,
-            long_side=(256, 400),
-            crop=224,
-            schedule=AdamSchedule(4, 16, lr=1e-4, head_lr=1e-3, weight_decay=0.0, decay="poly"),
-        ),
-        test_scale=1.0,  # 500 pixels, 1.5 times those of training
-        segment=SEGMENT["small"],
-    ),
-    "paper": Config(
-        tokens=TokenConfig(backbone="vit_base_patch16_384"),
-        patches=PatchConfig(
-            hidden=192,
-            exact=False,
-            view_crop=128,
-            trained_blocks=5,
-            long_side=(384, 512),
-            crop=384,
-            first=AdamSchedule(1, 64, lr=0.0, head_lr=1e-3, **CONSTANT),
-            schedule=AdamSchedule(79, 64, lr=1e-4, head_lr=1e-4, **CONSTANT),
-        ),
-        segment=SEGMENT["paper"],
-    ),
-    "tiny": Config(
-        data="demo:tiny",
-        tokens=TokenConfig(frozen_stages=3, dim=48, depth=2, heads=3, grid=8),
-        patches=PatchConfig(
-            hidden=8,
-            first=AdamSchedule(1, 4, lr=0.0, head_lr=1e-3, **CONSTANT),
-            schedule=AdamSchedule(1, 4, lr=1e-4, head_lr=1e-3, weight_decay=0.0, decay="poly"),
-        ),
-        test_scale=1.0,
-        segment=SEGMENT["tiny"],
-    ),
-}
 
 
 def main(config: Config) -> dict:

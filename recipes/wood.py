@@ -27,77 +27,27 @@ best with the pixel labels of the training images; here the last one counts.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from recipes import irn
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import CamConfig, write_cams
-from recipes.pipeline.classification import ClassifyConfig, tagged_crops, train_classifier
+from recipes.pipeline.cams import write_cams
+from recipes.pipeline.classification import tagged_crops, train_classifier
 from recipes.pipeline.labels import measure_cams
 from recipes.pipeline.models import Classifier, Trunk, freeze_stages
 from recipes.pipeline.outside import CropsWithOutside, add_outside, find_outside, pooled_features, rank_outside
-from recipes.pipeline.presets import CAMS, CLASSIFY, SEGMENT
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, RunConfig, start
+from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
-from recipes.pipeline.segmenter import SegmentConfig
-from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
+from recipes.pipeline.training import Moment, fit, two_speed_groups
+from recipes.settings.wood import PRESETS, Config, WoodConfig
 from wsss_losses import WOoDLoss
 from wsss_modules import FeatureCentreBank, centre_distances, gradient_climb
 
-
-@dataclass(frozen=True)
-class WoodConfig:
-    """Fine-tuning with images from outside."""
-
-    clusters: int = 20
-    """Clusters of the images from outside; 50 in the paper, which has thousands of them."""
-    long_side: int | None = None
-    """Longer side of the images from outside in pixels where their features are taken; their own by default."""
-    refresh_every: int | None = None
-    """Epochs after which the centres are computed anew; by default they stay as the classifier has them."""
-    step: float = 0.07
-    """Step of the climb, in units of the normalised pixels."""
-    distance_weight: float = 0.007
-    """Weight of the distances to the centres."""
-    ood_weight: float = 0.25
-    """Weight of the images from outside as negatives."""
-    topk: float = 0.2
-    """Share of the pairs of an image and a cluster that push."""
-    selection: Literal["batch", "image"] = "batch"
-    """Whether that share is of the batch, as released, or of each image."""
-    ignore_top: tuple[str, ...] = ()
-    """Classes by name: an image from outside that is taken for one of them is left out of the negatives."""
-    frozen_stages: int = 3
-    """Stem and stages that keep their weights."""
-    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=2, batch_size=16, lr=0.005, head_lr=0.05))
-    """Training schedule; a batch is of as many images from outside again."""
-
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Settings of a run."""
-
-    outside: str | None = None
-    """Folder of photographs that show none of the classes; by default the data set's own."""
-    outside_list: str | None = None
-    """List of those photographs in the folder that are to be used."""
-    rank: str | None = None
-    """Only rank the photographs of this folder: train the classifier, write outside.txt and stop."""
-    classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
-    wood: WoodConfig = field(default_factory=WoodConfig)
-    cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
-    threshold: float = 0.25
-    """Background score at which the CAMs themselves are measured."""
-    relation: irn.RelationConfig = field(default_factory=lambda: irn.PRESETS["demo"].relation)
-    walk: irn.WalkConfig = field(default_factory=lambda: irn.PRESETS["demo"].walk)
-    mask_crf: bool = True
-    """Train the segmentation on CRF-refined masks."""
-    segment: SegmentConfig = field(default_factory=lambda: SEGMENT["demo"])
+__all__ = ["PRESETS", "Config", "main"]
 
 
 class Output(NamedTuple):
@@ -171,46 +121,6 @@ def fine_tune(run: Run, net: WOoDNet, crops: CropsWithOutside, outside: tuple[st
         return Terms(*terms, own_class)
 
     fit(run, "wood", net, crops, loss_of, two_speed_groups(net, [net.head], config.schedule), config.schedule)
-
-
-PRESETS = {
-    "demo": Config(),
-    # As fast as the classifier learnt, as published. Two epochs, since a step takes twice as many images and the climb
-    # besides. Confident areas and walk are IRN's, whose maps are plain CAMs as these are.
-    "small": Config(
-        classify=CLASSIFY["small"],
-        wood=WoodConfig(clusters=50, frozen_stages=4, schedule=replace(CLASSIFY["small"].schedule, epochs=2)),
-        cams=CAMS["small"],
-        relation=irn.PRESETS["small"].relation,
-        walk=irn.PRESETS["small"].walk,
-        segment=SEGMENT["small"],
-    ),
-    # Bottles are left out as in the released code. Its confident areas and walk are for AdvCAM's maps.
-    "paper": Config(
-        classify=CLASSIFY["paper"],
-        wood=WoodConfig(
-            clusters=50,
-            long_side=500,
-            ignore_top=("bottle",),
-            schedule=Schedule(epochs=5, batch_size=16, lr=0.1, head_lr=1.0, momentum=1e-4),
-        ),
-        cams=CAMS["paper"],
-        threshold=0.1,
-        relation=replace(irn.PRESETS["paper"].relation, background=0.15),
-        walk=replace(irn.PRESETS["paper"].walk, cam_power=1.5, threshold=0.22),
-        mask_crf=False,
-        segment=SEGMENT["paper"],
-    ),
-    "tiny": Config(
-        data="demo:tiny",
-        classify=CLASSIFY["tiny"],
-        wood=WoodConfig(clusters=4, schedule=replace(CLASSIFY["tiny"].schedule, epochs=1)),
-        cams=CAMS["tiny"],
-        relation=irn.PRESETS["tiny"].relation,
-        walk=irn.PRESETS["tiny"].walk,
-        segment=SEGMENT["tiny"],
-    ),
-}
 
 
 def main(config: Config) -> dict:

@@ -62,6 +62,18 @@ def test_recipes_import_only_what_the_packages_export(path: Path) -> None:
         )
 
 
+BELOW = {"settings": ("settings", "pipeline"), "pipeline": ("pipeline",)}
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name in BELOW], ids=short)
+def test_recipes_stand_on_their_settings_and_these_on_the_pipeline(path: Path) -> None:
+    allowed = BELOW[path.parent.name]
+    for line, module in imports(path):
+        assert not module.startswith("recipes") or module.startswith(tuple(f"recipes.{part}" for part in allowed)), (
+            f"{short(path)}:{line} may import from {' and '.join(allowed)} only, not {module}"
+        )
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=short)
 def test_the_library_touches_no_device_file_or_terminal(path: Path) -> None:
     forbidden = {"cuda": ".cuda()", "open": "open()", "print": "print()", "save": ".save()", "load": ".load()"}

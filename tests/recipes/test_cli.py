@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -83,6 +84,27 @@ def test_every_recipe_says_what_it_is(name):
     assert recipe.summary
     source = recipe.path.read_text()
     assert 'if __name__ == "__main__":\n    run_recipe(sys.modules[__name__])\n' in source
+
+
+def settings_of_their_own(extra: str) -> str:
+    """The script of `cam` with ``extra`` below its imports."""
+    source = cli.discover()["cam"].path.read_text()
+    imports, listed, rest = source.partition("\n__all__ = ")
+    return imports + extra + listed + rest
+
+
+def test_list_finds_the_presets_that_a_script_imports_and_its_own(tmp_path, monkeypatch):
+    for name, extra in {
+        "same": "",
+        "more": '\nPRESETS = {**PRESETS, "mine": Config(threshold=0.5)}\n',
+        "only": '\nPRESETS = {"mine": Config(threshold=0.5)}\n',
+    }.items():
+        (tmp_path / f"{name}.py").write_text(settings_of_their_own(extra))
+    monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path)])
+    found = {name: cli.discover()[name].presets for name in ("cam", "same", "more", "only")}
+    assert found["same"] == found["cam"]
+    assert found["more"] == (*found["cam"], "mine")
+    assert found["only"] == ("mine",)
 
 
 def test_list_and_help_do_not_wait_for_torch():
@@ -203,6 +225,38 @@ def test_copy_runs_from_anywhere_with_the_same_flags(toy, tmp_path, capsys):
     folder = tmp_path / "my scripts" / "runs" / "my toy-tiny-s5"  # not the original's folder
     assert "seed=5" in seen(folder)
     assert "rate=0.125" in seen(folder)
+
+
+def test_copy_says_where_the_settings_are(tmp_path, capsys):
+    main(["copy", "cam", str(tmp_path / "mine.py")])
+    assert f"its settings are in {ROOT / 'recipes' / 'settings' / 'cam.py'}" in capsys.readouterr().out
+    assert (tmp_path / "mine.py").read_bytes() == cli.discover()["cam"].path.read_bytes()
+
+
+def test_copy_may_have_settings_and_presets_of_its_own(tmp_path, monkeypatch):
+    mine = """
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config(Config):
+    depth: int = 3
+    \"\"\"How deep.\"\"\"
+
+
+PRESETS = {"mine": Config(threshold=0.5)}
+"""
+    (tmp_path / "mine.py").write_text(settings_of_their_own(mine))
+    spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "mine", script)
+    spec.loader.exec_module(script)
+    given = []
+    monkeypatch.setattr(script, "main", given.append)
+    monkeypatch.chdir(tmp_path)
+    run_recipe(script, ["--preset", "mine", "--depth", "4", "--cams.scales", "1"])
+    (config,) = given
+    assert (config.preset, config.threshold, config.depth, config.cams.scales) == ("mine", 0.5, 4, (1.0,))
 
 
 def test_copied_script_tells_bad_input_with_its_own_name(toy, tmp_path):

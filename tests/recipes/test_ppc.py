@@ -14,13 +14,14 @@ from recipes import ppc
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.saliency import SaliencyCrops, saliency_source
 from recipes.pipeline.training import Moment, RandomScale, crop_transform
+from recipes.settings.ppc import ContrastConfig
 from tests.recipes.test_recipes import check_whole, run
 
 NETWORK = replace(ppc.PRESETS["tiny"].ppc, weights="random", crop=64)
 
 
 def config_in(folder: Path, **options: Any) -> ppc.Config:
-    contrast = ppc.ContrastConfig(reduced=48, **{"contrast_from": 1, **options.pop("contrast", {})})
+    contrast = ContrastConfig(reduced=48, **{"contrast_from": 1, **options.pop("contrast", {})})
     return ppc.Config(
         data="demo:tiny", out=folder, workers=0, accelerator="cpu", ppc=NETWORK, contrast=contrast, **options
     )
