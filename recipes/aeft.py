@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 from recipes import rw
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import write_cams
-from recipes.pipeline.classification import make_trunk, train_classifier
+from recipes.pipeline.classification import classifier_before, make_trunk, stages_before
 from recipes.pipeline.labels import measure_cams
 from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.report import finish
@@ -145,13 +145,8 @@ def train(run: Run, model: PyramidClassifier, config: Config, stage: str) -> Non
 
 
 def main(config: Config) -> dict:
-    goes_on = config.gpp.weights == "classifier"
-    run = start("aeft", config, takes=("classify",) if goes_on else ())
-    classifier = None
-
-    if goes_on:
-        with run.stage("classify", "Plain classifier to start from"):
-            classifier = train_classifier(run, config.classify)
+    run = start("aeft", config, takes=stages_before(config.gpp))
+    classifier = classifier_before(run, config.gpp, config.classify)
 
     with run.stage("gpp", "Classifier with gated pyramid pooling"):
         model = pyramid_classifier(run, config, classifier)

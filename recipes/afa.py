@@ -27,15 +27,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import tv_tensors
 
 from recipes.cli import run_recipe
 from recipes.pipeline.attention import Attended, AttendingTrunk, freeze_norms, with_random_weights
-from recipes.pipeline.cams import save_cam
+from recipes.pipeline.cams import write_maps
 from recipes.pipeline.labels import measure_cams, measure_masks, refine_masks, write_masks
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
-from recipes.pipeline.training import Moment, RandomLongSide, TaggedCrops, crop_transform, fit, two_speed_groups
+from recipes.pipeline.segmenter import SegFormerHead
+from recipes.pipeline.training import FramedCrops, Moment, RandomLongSide, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, scaled_size, views
 from recipes.settings.afa import PRESETS, AFAConfig, Config
 from wsss_losses import AFATerms, afa_loss
@@ -55,27 +55,6 @@ from wsss_modules import (
 __all__ = ["PRESETS", "Config", "main"]
 
 
-class Decoder(nn.Module):
-    """SegFormer's: each level to one width, enlarged to the finest and mixed: levels to (B, classes, h, w)."""
-
-    def __init__(self, channels: Sequence[int], dim: int, classes: int) -> None:
-        super().__init__()
-        self.project = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in channels)
-        self.mix = nn.Sequential(
-            nn.Conv2d(dim * len(channels), dim, 1, bias=False),
-            nn.GroupNorm(min(8, dim), dim),  # small batches; the published one synchronises batch norms
-            nn.ReLU(),
-            nn.Dropout2d(0.1),
-            nn.Conv2d(dim, classes, 1),
-        )
-
-    def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        size = levels[0].shape[-2:]
-        maps = [project(level) for project, level in zip(self.project, levels, strict=True)]
-        large = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps]
-        return self.mix(torch.cat(large[::-1], 1))
-
-
 class AFAOutput(NamedTuple):
     """Scores of the image (B, K), of the decoder (B, 1 + K, h, w), and affinities (B, N, N)."""
 
@@ -92,7 +71,7 @@ class AFANet(nn.Module):
         self.trunk, self.mean, self.std = trunk, trunk.mean, trunk.std
         self.classifier = CAMHead(trunk.out_channels, num_classes, pool="max")
         self.affinity = AttentionAffinityHead(trunk.num_maps)
-        self.decoder = Decoder(trunk.level_channels, config.decoder_dim, 1 + num_classes)
+        self.decoder = SegFormerHead(trunk.level_channels, config.decoder_dim, 1 + num_classes)
 
     def forward(self, images: Tensor) -> AFAOutput:
         seen = self.trunk(images)
@@ -102,19 +81,6 @@ class AFANet(nn.Module):
         """Signed CAMs (B, K, h, w) and affinities; the decoder is left out."""
         seen: Attended = self.trunk(images)
         return self.classifier.class_maps(seen.final), self.affinity(seen.attentions)
-
-
-class RegionCrops(TaggedCrops):
-    """``image``, ``labels``, and the ``region`` x1, y1, x2, y2 of the crop that is not padding."""
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        name = self.names[index]
-        image = tv_tensors.Image(self.dataset.image(name))
-        image, mask = self.transform(image, tv_tensors.Mask(torch.zeros(1, *image.shape[-2:], dtype=torch.uint8)))
-        rows, columns = ((mask[0] == 0).as_subclass(Tensor).any(axis).nonzero()[[0, -1], 0] for axis in (1, 0))
-        region = torch.stack([columns[0], rows[0], columns[1] + 1, rows[1] + 1])
-        labels = torch.from_numpy(self.dataset.labels(name))
-        return {"image": image.as_subclass(Tensor), "labels": labels, "region": region}
 
 
 class Localised(NamedTuple):
@@ -184,8 +150,8 @@ def train(run: Run, model: AFANet, config: AFAConfig) -> None:
         freeze_norms(model.trunk)
     heads = [model.classifier, model.affinity, model.decoder, *model.trunk.new]
     groups = two_speed_groups(model, heads, config.schedule)
-    transform = crop_transform(RandomLongSide(*config.long_side), config.crop, model.mean, model.std)
-    fit(run, "afa", model, RegionCrops(run.dataset, run.train, transform), loss_of, groups, config.schedule)
+    transform = crop_transform(RandomLongSide(*config.long_side), config.crop, model.mean, model.std, mask_fill=0)
+    fit(run, "afa", model, FramedCrops(run.dataset, run.train, transform), loss_of, groups, config.schedule)
 
 
 def found_in(run: Run, model: AFANet, name: str, scales: Sequence[float]) -> Localised:
@@ -195,13 +161,11 @@ def found_in(run: Run, model: AFANet, name: str, scales: Sequence[float]) -> Loc
 
 
 def write_seeds(run: Run, model: AFANet, scales: Sequence[float]) -> None:
-    @torch.no_grad()
-    def work(name: str) -> None:
+    def maps_of(name: str) -> dict[str, Tensor]:
         keys = torch.from_numpy(run.dataset.labels(name)).nonzero()[:, 0]
-        cam = found_in(run, model, name, scales).cam[0][keys.to(run.fabric.device)]
-        save_cam(run, name, keys + 1, cam)
+        return {"keys": keys + 1, "cam": found_in(run, model, name, scales).cam[0][keys.to(run.fabric.device)]}
 
-    run.for_each(run.train + run.val, lambda name: run.path("cam", f"{name}.npz"), work)
+    write_maps(run, run.train + run.val, maps_of)
 
 
 def write_walks(run: Run, model: AFANet, config: AFAConfig, scales: Sequence[float]) -> None:

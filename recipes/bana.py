@@ -36,12 +36,12 @@ from torchvision.transforms import v2
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import save_cam
 from recipes.pipeline.classification import make_trunk
-from recipes.pipeline.data.boxes import BoxedCrops, Boxes, flat_boxes, read_boxes
+from recipes.pipeline.data.boxes import BoxedCrops, Boxes, boxes_for, flat_boxes
 from recipes.pipeline.labels import measure_cams, measure_masks, read_mask
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, save_mask, start
-from recipes.pipeline.segmentation import segment
+from recipes.pipeline.segmentation import measure_segmentation
 from recipes.pipeline.segmenter import DEEPLAB_RATES, SegmentConfig, Segmenter
 from recipes.pipeline.training import Moment, RandomScale, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, scaled_size, view
@@ -190,9 +190,7 @@ def train_segmentation(run: Run, config: Config) -> CosineSegmenter:
 
 def main(config: Config) -> dict:
     run = start("bana", config, takes=())
-    boxes = read_boxes(run.dataset, run.train, config.boxes, optional=run.val)
-    run.dataset = boxes.noted_in(run.dataset)
-    run.record(supervision=boxes.supervision)
+    boxes = boxes_for(run, config.boxes)
 
     with run.stage("boxes", "Classifier of boxes without their background"):
         net = train_boxes(run, boxes, config.box)
@@ -205,10 +203,7 @@ def main(config: Config) -> dict:
 
     with run.stage("segment", "Segmentation network with the noise-aware loss"):
         model = train_segmentation(run, config)
-        segment(run, model, run.val or run.train, config.segment)
-        measure_masks(run, "segmentation", "segmentation")
-        if config.segment.crf:
-            measure_masks(run, "segmentation_crf", "segmentation+crf")
+        measure_segmentation(run, model, config.segment)
 
     return finish(run)
 

@@ -36,12 +36,12 @@ from torch import Tensor
 
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import save_cam
-from recipes.pipeline.data.boxes import Boxes, read_boxes
+from recipes.pipeline.data.boxes import Boxes, boxes_for
 from recipes.pipeline.detection import Detector, train_detector
 from recipes.pipeline.instances import measure_instances, train_mask_head, write_instances
 from recipes.pipeline.labels import measure_cams, measure_masks
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, save_arrays, save_mask, start
+from recipes.pipeline.run import Run, load_arrays, save_arrays, save_mask, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.views import image_tensor, view
 from recipes.settings.bbam import PRESETS, Config, ExplainConfig, MaskConfig
@@ -147,15 +147,13 @@ def dense_refiner(image: Tensor) -> Callable[[Tensor], Tensor]:
 
 def read_objects(run: Run, name: str, count: int) -> list[Tensor]:
     """The attribution maps (h, w) of an image's objects."""
-    with np.load(run.path("cam", f"{name}.npz")) as stored:
-        return [torch.from_numpy(stored[f"object_{k}"]) for k in range(count)]
+    stored = load_arrays(run.path("cam", f"{name}.npz"))
+    return [torch.from_numpy(stored[f"object_{k}"]) for k in range(count)]
 
 
 def main(config: Config) -> dict:
     run = start("bbam", config, takes=())
-    boxes = read_boxes(run.dataset, run.train, config.boxes, optional=run.val)
-    run.dataset = boxes.noted_in(run.dataset)
-    run.record(supervision=boxes.supervision)
+    boxes = boxes_for(run, config.boxes)
 
     with run.stage("detector", "Detector from boxes"):
         detector = train_detector(run, boxes, config.detect)

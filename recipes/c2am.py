@@ -38,7 +38,7 @@ from recipes.pipeline.classification import make_trunk, train_classifier
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, start
+from recipes.pipeline.run import Run, load_tensors, start
 from recipes.pipeline.saliency import is_object, measure_saliency, read_saliency, save_saliency
 from recipes.pipeline.segmentation import segmentation_from_masks, segmentation_probabilities, train_segmentation
 from recipes.pipeline.segmenter import SegmentConfig
@@ -104,7 +104,7 @@ def train_contrast(run: Run, classifier: Classifier, config: ContrastConfig) -> 
     groups = two_speed_groups(model, [model.head], config.schedule)
     fit(run, "contrast", model, crops, loss_of, groups, config.schedule)
     if run.fabric.world_size > 1:  # each process has counted its own images since the last exchange
-        model.load_state_dict(torch.load(run.path("checkpoints", "contrast.pt"), weights_only=True)["model"])
+        model.load_state_dict(load_tensors(run.path("checkpoints", "contrast.pt"))["model"])
     inverted, border = model.polarity.polarity()
     run.record(polarity={"inverted": bool(inverted), "border": float(border)})
     side = "background" if inverted else "foreground"

@@ -38,15 +38,7 @@ if TYPE_CHECKING:
     from recipes.pipeline.data import ImageSet
 
 # What a wrong option, file or environment raises; anything else is a bug of ours and keeps its traceback.
-BAD_INPUT = (
-    ValueError,
-    FileNotFoundError,
-    NotADirectoryError,
-    IsADirectoryError,
-    PermissionError,
-    ModuleNotFoundError,
-    FloatingPointError,
-)
+BAD_INPUT = (ValueError, OSError, ModuleNotFoundError, FloatingPointError)
 
 
 @dataclass(frozen=True)
@@ -364,8 +356,8 @@ def copy(name: Name, file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(m
     """Copy a recipe to a script of your own, to edit and run.
 
     The script imports its settings from `recipes/settings/NAME.py`. Each is a flag; a preset of your own is a line
-    below the imports, `PRESETS = {**PRESETS, "mine": replace(PRESETS["small"], ...)}`; for a setting that is not there
-    copy that file too and import yours.
+    below the imports, `PRESETS = {**PRESETS, "mine": replace(PRESETS["small"], ...)}` with the `replace` of
+    `dataclasses`; for a setting that is not there copy that file too and import yours.
 
     Args:
         name: one of those that `list` shows.

@@ -26,7 +26,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,12 +33,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import read_cam, write_cams
-from recipes.pipeline.labels import measure_cams, measure_masks, write_masks
-from recipes.pipeline.models import Trunk, build_trunk, freeze_stages
+from recipes.pipeline.cams import Maps, read_cam, write_cams
+from recipes.pipeline.classification import make_trunk
+from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
+from recipes.pipeline.models import Trunk
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
-from recipes.pipeline.saliency import saliency_source
+from recipes.pipeline.saliency import saliency_unless_none
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, RandomLongSide, TaggedCrops, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor
@@ -82,12 +82,6 @@ class EDAM(nn.Module):
         return self.head(self.trunk(images).final, keys)
 
 
-class Maps(NamedTuple):
-    """``cam`` (B, K, h, w), the masks of the classes."""
-
-    cam: Tensor
-
-
 class Masks(nn.Module):
     """The network at test time: backbone and masks."""
 
@@ -118,9 +112,7 @@ class PairsOfCrops(Dataset):
 
 def train_edam(run: Run, config: EDAMConfig) -> EDAM:
     """Every pair is asked for the classes that it has and for others that it has not; there is no other loss."""
-    weights = "random" if run.config.max_steps is not None else config.weights
-    trunk = build_trunk(config.backbone, weights, config.output_stride)
-    freeze_stages(trunk.body, config.frozen_stages)
+    trunk = make_trunk(run, config, config.output_stride)
     model = EDAM(trunk, len(run.dataset.classes), config)
     transform = crop_transform(RandomLongSide(*config.long_side), config.crop, trunk.mean, trunk.std, jitter=True)
     pairs = PairsOfCrops(TaggedCrops(run.dataset, run.train, transform))
@@ -159,14 +151,12 @@ def write_labels(run: Run, config: Config, saliency: Callable[[str], np.ndarray]
         return edam_pseudo_label(cam, salient, keys=keys, threshold=config.threshold, **options)[0]
 
     write_masks(run, run.train, lambda name: label(name, refine=False))
-    measure_masks(run)
-    write_masks(run, run.train, lambda name: label(name, refine=True), "mask_crf")
-    measure_masks(run, "mask_crf", "mask+crf")
+    refine_masks(run, True, lambda name: label(name, refine=True))
 
 
 def main(config: Config) -> dict:
     run = start("edam", config, takes=())
-    saliency = None if config.saliency == "none" else saliency_source(run, config.saliency)
+    saliency = saliency_unless_none(run, config.saliency)
 
     with run.stage("edam", "Class masks from pairs of images"):
         net = train_edam(run, config.edam)
@@ -179,7 +169,7 @@ def main(config: Config) -> dict:
         write_labels(run, config, saliency)
 
     with run.stage("segment", "Segmentation network from the masks"):
-        segmentation_from_masks(run, "mask_crf", config.segment)
+        segmentation_from_masks(run, "mask_crf" if config.mask_crf or saliency is None else "mask", config.segment)
 
     return finish(run)
 

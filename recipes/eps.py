@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import write_cams
 from recipes.pipeline.classification import make_trunk
-from recipes.pipeline.labels import measure_cams, refine_masks, threshold_mask, write_masks
+from recipes.pipeline.labels import masks_by_threshold, measure_cams
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
@@ -102,8 +102,7 @@ def main(config: Config) -> dict:
         measure_cams(run, config.threshold)
 
     with run.stage("masks", "Masks: threshold, and a dense CRF"):
-        write_masks(run, run.train, lambda name: threshold_mask(run, name, config.threshold))
-        refine_masks(run, config.mask_crf)
+        masks_by_threshold(run, config.threshold, config.mask_crf)
 
     with run.stage("segment", "Segmentation network from the masks"):
         segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)

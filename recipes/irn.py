@@ -31,7 +31,7 @@ from recipes.pipeline.classification import train_classifier
 from recipes.pipeline.labels import measure_cams, read_mask, refine_masks, write_masks
 from recipes.pipeline.models import Trunk, build_trunk
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, replacing, save_arrays, start
+from recipes.pipeline.run import Run, load_tensors, replacing, save_arrays, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import MaskedCrops, Moment, RandomScale, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, scaled_size, view
@@ -175,7 +175,7 @@ def centre_displacements(run: Run, model: IRNet, zoom: float) -> None:
             with replacing(file) as out:
                 torch.save(model.head.mean_shift.state_dict(), out)
         run.fabric.barrier()
-    model.head.mean_shift.load_state_dict(torch.load(file, weights_only=True))
+    model.head.mean_shift.load_state_dict(load_tensors(file))
 
 
 def write_instances(run: Run, model: IRNet, walk: WalkConfig, zoom: float) -> None:

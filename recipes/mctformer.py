@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from torchvision.transforms import v2
 
 from recipes import rw
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import write_cams
+from recipes.pipeline.cams import Maps, write_cams
 from recipes.pipeline.labels import measure_cams
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
@@ -94,12 +93,6 @@ def augmentation(config: MCTConfig, trunk: TokenTrunk) -> v2.Transform:
             v2.RandomErasing(p=0.25, value="random"),
         ]
     )
-
-
-class Maps(NamedTuple):
-    """``cam`` (B, K, h, w)."""
-
-    cam: Tensor
 
 
 class Localizer(nn.Module):

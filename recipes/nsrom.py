@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import read_cam, save_cam
+from recipes.pipeline.cams import read_cam, write_maps
 from recipes.pipeline.classification import make_trunk, whole_images
 from recipes.pipeline.labels import measure_cams, measure_masks, read_mask, write_masks
 from recipes.pipeline.models import Trunk
@@ -142,16 +142,15 @@ def write_attention(run: Run, net: Reasoner, size: int, names: Sequence[str], fo
     device = run.fabric.device
     net.to(device, memory_format=torch.channels_last).eval()
 
-    @torch.no_grad()
-    def work(name: str) -> None:
+    def maps_of(name: str) -> dict[str, Tensor]:
         image = image_tensor(run.dataset.image(name))
         square = view(image, (size, size), net.trunk.mean, net.trunk.std, flip=False)
         present = torch.from_numpy(run.dataset.labels(name)).nonzero()[:, 0]
         maps = net(square.to(device)).cam[:, present.to(device)]
         attention = attention_to_uint8(maps, tuple(image.shape[-2:]))[0].float() / 255
-        save_cam(run, name, present + 1, attention, folder=folder)
+        return {"keys": present + 1, "cam": attention}
 
-    run.for_each(names, lambda name: run.path(folder, f"{name}.npz"), work)
+    write_maps(run, names, maps_of, folder)
 
 
 def first_label(run: Run, name: str, saliency: Callable[[str], np.ndarray]) -> Tensor:

@@ -36,7 +36,7 @@ from recipes import rw
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import write_cams
 from recipes.pipeline.classification import make_trunk, tagged_crops
-from recipes.pipeline.labels import measure_cams, refine_masks, threshold_mask, write_masks
+from recipes.pipeline.labels import masks_by_threshold, measure_cams
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
@@ -156,8 +156,7 @@ def main(config: Config) -> dict:
         rw.refine_with_rw(run, net.trunk, config.affinity, config.walk, config.mask_crf)
     else:
         with run.stage("masks", "Masks: threshold, and a dense CRF"):
-            write_masks(run, run.train, lambda name: threshold_mask(run, name, threshold))
-            refine_masks(run, config.mask_crf)
+            masks_by_threshold(run, threshold, config.mask_crf)
 
     with run.stage("segment", "Segmentation network from the masks"):
         segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)

@@ -31,13 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import read_cam, save_cam
-from recipes.pipeline.classification import make_trunk, train_classifier, whole_images
-from recipes.pipeline.labels import measure_cams, measure_masks, refine_masks, threshold_mask, write_masks
+from recipes.pipeline.cams import read_cam, write_maps
+from recipes.pipeline.classification import classifier_before, make_trunk, stages_before, whole_images
+from recipes.pipeline.labels import masks_by_threshold, measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
-from recipes.pipeline.saliency import saliency_source
+from recipes.pipeline.saliency import saliency_unless_none
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, view
@@ -165,8 +165,7 @@ def write_attention(run: Run, net: RCA, size: int) -> None:
     device = run.fabric.device
     net.to(device, memory_format=torch.channels_last).eval()
 
-    @torch.no_grad()
-    def work(name: str) -> None:
+    def maps_of(name: str) -> dict[str, Tensor]:
         image = image_tensor(run.dataset.image(name))
         if name in place:
             maps = net.attention(torch.tensor([place[name]], device=device))
@@ -178,9 +177,9 @@ def write_attention(run: Run, net: RCA, size: int) -> None:
         scaled = multi_scale_cam(
             [maps], labels[None], tuple(image.shape[-2:]), stride=4, round_to=1, eps=1e-8, subtract_min=True
         )
-        save_cam(run, name, scaled.keys, scaled.high_res, scaled.cam)
+        return {"keys": scaled.keys, "cam": scaled.high_res, "coarse": scaled.cam}
 
-    run.for_each(run.train + run.val, lambda name: run.path("cam", f"{name}.npz"), work)
+    write_maps(run, run.train + run.val, maps_of)
 
 
 def write_fused_masks(run: Run, saliency: Callable[[str], np.ndarray], alpha: float) -> None:
@@ -196,20 +195,13 @@ def write_fused_masks(run: Run, saliency: Callable[[str], np.ndarray], alpha: fl
         return fuse_saliency_labels(scores, salient, keys=torch.from_numpy(stored.keys))[0]
 
     write_masks(run, run.train, lambda name: mask_of(name, refine=False))
-    measure_masks(run)
-    write_masks(run, run.train, lambda name: mask_of(name, refine=True), "mask_crf")
-    measure_masks(run, "mask_crf", "mask+crf")
+    refine_masks(run, True, lambda name: mask_of(name, refine=True))
 
 
 def main(config: Config) -> dict:
-    goes_on = config.rca.weights == "classifier"
-    run = start("rca", config, takes=("classify",) if goes_on else ())
-    saliency = None if config.saliency == "none" else saliency_source(run, config.saliency)
-    classifier = None
-
-    if goes_on:
-        with run.stage("classify", "Plain classifier to start from"):
-            classifier = train_classifier(run, config.classify)
+    run = start("rca", config, takes=stages_before(config.rca))
+    saliency = saliency_unless_none(run, config.saliency)
+    classifier = classifier_before(run, config.rca, config.classify)
 
     with run.stage("rca", "Network with a memory of regions"):
         net = train_rca(run, classifier, config.rca)
@@ -220,13 +212,12 @@ def main(config: Config) -> dict:
 
     with run.stage("masks", "Masks: attention and saliency, with a dense CRF"):
         if saliency is None:
-            write_masks(run, run.train, lambda name: threshold_mask(run, name, config.threshold))
-            refine_masks(run, everywhere=True)
+            masks_by_threshold(run, config.threshold, everywhere=True)
         else:
             write_fused_masks(run, saliency, config.alpha)
 
     with run.stage("segment", "Segmentation network from the masks"):
-        segmentation_from_masks(run, "mask_crf", config.segment)
+        segmentation_from_masks(run, "mask_crf" if config.mask_crf or saliency is None else "mask", config.segment)
 
     return finish(run)
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from recipes import irn
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import write_cams
+from recipes.pipeline.cams import Maps, write_cams
 from recipes.pipeline.classification import ClassifyConfig, tagged_crops, train_classifier
 from recipes.pipeline.labels import measure_cams
 from recipes.pipeline.models import Classifier
@@ -55,12 +55,6 @@ class ReCAMNet(nn.Module):
 
     def forward(self, images: Tensor) -> ReCAMOutput:
         return self.head(self.trunk(images).final)
-
-
-class Maps(NamedTuple):
-    """``cam`` (B, K, h, w)."""
-
-    cam: Tensor
 
 
 class Reactivated(nn.Module):

@@ -34,7 +34,7 @@ from recipes.pipeline.classification import make_trunk, train_classifier
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, save_arrays, start
+from recipes.pipeline.run import Run, load_arrays, save_arrays, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, RandomScale, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, view
@@ -129,8 +129,8 @@ def write_scores(run: Run, config: AffinityConfig) -> None:
 
 
 def read_scores(run: Run, name: str) -> Scores:
-    with np.load(run.path("crf", f"{name}.npz")) as stored:
-        return Scores(stored["keys"], stored["low"].astype(np.float32), stored["high"].astype(np.float32))
+    stored = load_arrays(run.path("crf", f"{name}.npz"))
+    return Scores(stored["keys"], stored["low"].astype(np.float32), stored["high"].astype(np.float32))
 
 
 def train_affinity(run: Run, classifier: Trunk | None, options: AffinityConfig) -> AffinityNet:

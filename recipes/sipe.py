@@ -26,19 +26,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from torchvision import tv_tensors
 
 from recipes import irn
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import CamConfig
+from recipes.pipeline.cams import CamConfig, save_cam, share_of_classes
 from recipes.pipeline.classification import ClassifyConfig, make_trunk
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, save_arrays, start
+from recipes.pipeline.run import Run, load_arrays, save_arrays, start
 from recipes.pipeline.segmentation import segmentation_from_masks
-from recipes.pipeline.training import Moment, RandomLongSide, crop_transform, fit, two_speed_groups
+from recipes.pipeline.training import FramedCrops, Moment, RandomLongSide, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, views
 from recipes.settings.sipe import PRESETS, Config, ExploreConfig
 from wsss_losses import sipe_loss
@@ -90,26 +88,6 @@ class SIPE(nn.Module):
         return self.explore.read(maps, merge_flip(*self.explore.hierarchy(levels))[None], labels)
 
 
-class CropsWithInside(Dataset):
-    """``image`` (3, crop, crop), ``labels`` (K,) and ``inside`` (1, crop, crop), 0 in the padding."""
-
-    def __init__(self, run: Run, config: ClassifyConfig, trunk: Trunk) -> None:
-        self.run, self.names = run, run.train
-        resize = RandomLongSide(*config.long_side)
-        self.transform = crop_transform(resize, config.crop, trunk.mean, trunk.std, jitter=config.jitter, mask_fill=0)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        name = self.names[index]
-        image = self.run.dataset.image(name)
-        inside = tv_tensors.Mask(torch.ones(1, image.height, image.width, dtype=torch.uint8))
-        image, inside = self.transform(tv_tensors.Image(image), inside)
-        labels = torch.from_numpy(self.run.dataset.labels(name))
-        return {"image": image.as_subclass(Tensor), "labels": labels, "inside": inside.as_subclass(Tensor)}
-
-
 def train_sipe(run: Run, classify: ClassifyConfig, config: ExploreConfig) -> SIPE:
     """Section 3.4: the tags, and the agreement of the ordinary with the image-specific maps."""
     model = SIPE(make_trunk(run, classify, classify.output_stride), len(run.dataset.classes), config)
@@ -121,7 +99,9 @@ def train_sipe(run: Run, classify: ClassifyConfig, config: ExploreConfig) -> SIP
         return sipe_loss(logits, found.scores, is_cam, batch["labels"], valid, gsc_weight=config.gsc_weight)
 
     groups = two_speed_groups(model, [model.head, model.explore], classify.schedule)
-    crops = CropsWithInside(run, classify, model.trunk)
+    resize, trunk = RandomLongSide(*classify.long_side), model.trunk
+    transform = crop_transform(resize, classify.crop, trunk.mean, trunk.std, jitter=classify.jitter, mask_fill=0)
+    crops = FramedCrops(run.dataset, run.train, transform)
     fit(run, "sipe", model, crops, loss_of, groups, classify.schedule, clip=config.clip)
     return model
 
@@ -144,25 +124,18 @@ def write_maps(run: Run, model: SIPE, names: tuple[str, ...], config: CamConfig)
         maps = [model.read(both, labels).is_cam for both in both_at_each]
         size = tuple(image.shape[-2:])
         merged = multi_scale_cam(maps, F.pad(labels, (1, 0), value=1), size, stride=4, round_to=16)
-        keys = merged.keys[1:].cpu().numpy() - 1  # of the classes; channel 0 is the background
+        keys = merged.keys[1:] - 1  # of the classes; channel 0 is the background
         fine, coarse = (x.half().cpu().numpy() for x in (merged.high_res, merged.cam))
-        save_arrays(run.path("is_cam", f"{name}.npz"), keys=keys, scores=fine, coarse=coarse)
-        fine, coarse = (share_of_classes(x).half().cpu().numpy() for x in (merged.high_res, merged.cam))
-        save_arrays(run.path("cam", f"{name}.npz"), keys=keys, cam=fine, coarse=coarse)
+        save_arrays(run.path("is_cam", f"{name}.npz"), keys=keys.cpu().numpy(), scores=fine, coarse=coarse)
+        save_cam(run, name, keys, share_of_classes(merged.high_res), share_of_classes(merged.cam))
 
     run.for_each(names, lambda name: run.path("cam", f"{name}.npz"), work)
 
 
-def share_of_classes(scores: Tensor) -> Tensor:
-    """Maps (1+k, H, W) of background and classes -> (k, H, W): each class against the background, in [0, 1]."""
-    background, classes = scores[:1], scores[1:]
-    return classes / (background + classes).clamp(min=torch.finfo(scores.dtype).tiny)
-
-
 def read_maps(run: Run, name: str, what: str = "scores") -> tuple[Tensor, Tensor]:
     """Classes (k,) and maps (1, 1+k, H, W) of an image: ``scores`` at its size or ``coarse``."""
-    with np.load(run.path("is_cam", f"{name}.npz")) as stored:
-        return torch.from_numpy(stored["keys"]), torch.from_numpy(stored[what].astype(np.float32))[None]
+    stored = load_arrays(run.path("is_cam", f"{name}.npz"))
+    return torch.from_numpy(stored["keys"]), torch.from_numpy(stored[what].astype(np.float32))[None]
 
 
 def refine(run: Run, config: Config) -> None:

@@ -28,34 +28,31 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import save_cam
+from recipes.pipeline.cams import write_maps
 from recipes.pipeline.classification import make_trunk, train_classifier, whole_images
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Classifier, Trunk
+from recipes.pipeline.ratios import read_ratios, write_ratios
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, save_arrays, start
+from recipes.pipeline.run import Run, load_arrays, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, fit, two_speed_groups
-from recipes.pipeline.views import image_tensor, scaled_size, views
+from recipes.pipeline.views import image_tensor, views
 from recipes.settings.spatial_bce import PRESETS, Config, SpatialConfig
 from wsss_losses import ForegroundRatioKLLoss, SpatialBCELoss, SpatialBCEThresholdLoss
 from wsss_modules import (
-    IRN_CRF,
     AdaptiveCam,
     AlternatingSchedule,
     SpatialBCEHead,
     SpatialBCEOutput,
     adaptive_cam_threshold,
     cam_to_mask,
-    dense_crf,
     merge_flip,
     multi_scale_cam,
     rank_threshold,
-    unary_from_mask,
 )
 
 __all__ = ["PRESETS", "Config", "main"]
@@ -81,39 +78,18 @@ class Terms(NamedTuple):
     kl: Tensor
 
 
-def foreground_ratio(mask: np.ndarray, num_classes: int) -> np.ndarray:
-    """Share of the pixels of a mask (H, W) that each of the classes 1..K covers: (K,) float64."""
-    return np.bincount(mask.ravel(), minlength=256)[1 : 1 + num_classes] / mask.size
-
-
-def write_ratios(run: Run, model: Classifier | SpatialNet, config: Config, folder: str) -> None:
+def write_priors(run: Run, model: Classifier | SpatialNet, config: Config, folder: str) -> None:
     """Foreground ratios of each training image, from the model's mask after a CRF."""
     mask_of = adaptive_mask
     if isinstance(model, Classifier):
         mask_of, model.trunk = plain_mask, model.trunk.with_output_stride(config.cams.output_stride)
     model.to(run.fabric.device, memory_format=torch.channels_last).eval()
-
-    @torch.no_grad()
-    def work(name: str) -> None:
-        picture = run.dataset.image(name)
-        height, width = scaled_size(picture.height, picture.width, config.spatial.prior_scale)
-        image = image_tensor(picture.resize((width, height), Image.Resampling.BICUBIC)).to(run.fabric.device)
-        labels = torch.from_numpy(run.dataset.labels(name)).to(image.device)
-        present, compact = mask_of(model, image, labels, config).unique(return_inverse=True)
-        refined = dense_crf(image[None], unary_from_mask(compact[None], len(present)), IRN_CRF)[0].argmax(0)
-        ratio = foreground_ratio(present[refined].cpu().numpy(), len(run.dataset.classes))
-        save_arrays(run.path(folder, f"{name}.npz"), ratio=ratio)
-
-    run.for_each(run.train, lambda name: run.path(folder, f"{name}.npz"), work)
+    write_ratios(run, lambda image, labels: mask_of(model, image, labels, config), config.spatial.prior_scale, folder)
 
 
 def priors_of(run: Run, phase: int, config: SpatialConfig) -> Tensor:
     """Foreground ratios that a phase aims at, 0 for absent classes: (images, K)."""
-    found = []
-    for name in run.train:
-        with np.load(run.path(f"ratios{phase}", f"{name}.npz")) as stored:
-            found.append(stored["ratio"])
-    priors = torch.from_numpy(np.stack(found)).float()
+    priors = read_ratios(run, f"ratios{phase}")
     if config.keep_lost and phase > 1:
         priors = torch.where(priors > 0, priors, priors_of(run, phase - 1, config))
     tagged = torch.from_numpy(run.dataset.all_labels(run.train)) > 0
@@ -219,22 +195,21 @@ def write_adaptive_cams(run: Run, net: SpatialNet, names: Sequence[str], config:
     """``cam/IMAGE.npz`` as :func:`write_cams` makes it, and in it ``threshold`` (k,), the learnt ones."""
     net.to(run.fabric.device, memory_format=torch.channels_last).eval()
 
-    @torch.no_grad()
-    def work(name: str) -> None:
+    def maps_of(name: str) -> dict[str, Tensor]:
         image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
         keys = torch.from_numpy(run.dataset.labels(name)).to(image.device).nonzero()[:, 0] + 1
         cams, released = config.cams, config.spatial.released_maps
         out = adaptive_cam(net, image, keys, cams.scales, cams.long_side, released)
-        save_cam(run, name, keys, out.cam[0], threshold=out.threshold[0])
+        return {"keys": keys, "cam": out.cam[0], "threshold": out.threshold[0]}
 
-    run.for_each(names, lambda name: run.path("cam", f"{name}.npz"), work)
+    write_maps(run, names, maps_of)
 
 
 def learnt_mask(run: Run, name: str) -> Tensor:
     """The map of an image as a mask, at the thresholds that the network predicts for it."""
-    with np.load(run.path("cam", f"{name}.npz")) as stored:
-        above = torch.from_numpy(stored["cam"].astype(np.float32) - stored["threshold"][:, None, None])
-        return cam_to_mask(above[None], 0.0, keys=torch.from_numpy(stored["keys"]))[0]
+    stored = load_arrays(run.path("cam", f"{name}.npz"))
+    above = torch.from_numpy(stored["cam"].astype(np.float32) - stored["threshold"][:, None, None])
+    return cam_to_mask(above[None], 0.0, keys=torch.from_numpy(stored["keys"]))[0]
 
 
 def main(config: Config) -> dict:
@@ -245,7 +220,7 @@ def main(config: Config) -> dict:
 
     for phase in range(1, 1 + config.spatial.phases):
         with run.stage(f"ratios{phase}", f"Phase {phase}: foreground ratios of the masks so far"):
-            write_ratios(run, model, config, f"ratios{phase}")
+            write_priors(run, model, config, f"ratios{phase}")
 
         with run.stage(f"phase{phase}", f"Phase {phase}: network and thresholds in turn"):
             model = train_phase(run, f"phase{phase}", model, priors_of(run, phase, config.spatial), config)

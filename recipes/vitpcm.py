@@ -25,7 +25,6 @@ last stage is that of the other recipes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,8 +33,8 @@ from torch import Tensor, nn
 
 from recipes.cli import run_recipe
 from recipes.pipeline.attention import AttendingTrunk, freeze_but_last, with_random_weights
-from recipes.pipeline.cams import read_cam, save_cam
-from recipes.pipeline.labels import measure_cams, measure_masks, threshold_mask, write_masks
+from recipes.pipeline.cams import read_cam, share_of_classes, write_maps
+from recipes.pipeline.labels import measure_cams, refine_masks, threshold_mask, write_masks
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
@@ -158,18 +157,13 @@ def train(run: Run, net: PatchNet, config: PatchConfig) -> None:
     if trunk.body is None and config.trained_blocks is not None:
         freeze_but_last(trunk, config.trained_blocks)
     heads = [net.lstm, net.classifier, *trunk.new]
-    pretrained = [p for p in trunk.parameters() if p.requires_grad and not any(p is q for q in new_parameters(trunk))]
+    pretrained = trunk.pretrained()
     for parameter in pretrained:
         parameter.requires_grad_(False)
     fit(run, "patches", model, crops, loss_of, two_speed_groups(model, heads, config.first), config.first)
     for parameter in pretrained:
         parameter.requires_grad_(True)
     fit(run, "classify", model, crops, loss_of, two_speed_groups(model, heads, config.schedule), config.schedule)
-
-
-def new_parameters(trunk: AttendingTrunk) -> list[nn.Parameter]:
-    parts = ([part] if isinstance(part, nn.Parameter) else list(part.parameters()) for part in trunk.new)
-    return [parameter for part in parts for parameter in part]
 
 
 def patch_scores(run: Run, net: PatchNet, name: str, scale: float) -> Tensor:
@@ -185,15 +179,12 @@ def patch_scores(run: Run, net: PatchNet, name: str, scale: float) -> Tensor:
 def write_seeds(run: Run, net: PatchNet, scale: float) -> None:
     """Keep each class's share against the background, so that 0.5 is where they are equal."""
 
-    @torch.no_grad()
-    def work(name: str) -> None:
+    def maps_of(name: str) -> dict[str, Tensor]:
         keys = torch.from_numpy(run.dataset.labels(name)).nonzero()[:, 0] + 1
         scores = patch_scores(run, net, name, scale)
-        classes = scores[keys.to(scores.device)]
-        share = classes / (classes + scores[:1]).clamp(min=torch.finfo(scores.dtype).tiny)
-        save_cam(run, name, keys, share)
+        return {"keys": keys, "cam": share_of_classes(scores[F.pad(keys, (1, 0)).to(scores.device)])}
 
-    run.for_each(run.train + run.val, lambda name: run.path("cam", f"{name}.npz"), work)
+    write_maps(run, run.train + run.val, maps_of)
 
 
 def crf_mask(run: Run, name: str) -> Tensor:
@@ -209,14 +200,6 @@ def crf_mask(run: Run, name: str) -> Tensor:
     return F.pad(torch.from_numpy(stored.keys), (1, 0))[best]
 
 
-def write_patch_masks(run: Run, everywhere: bool) -> None:
-    write_masks(run, run.train, lambda name: threshold_mask(run, name, THRESHOLD))
-    measure_masks(run)
-    names: Sequence[str] = run.train if everywhere else run.seeds
-    write_masks(run, names, lambda name: crf_mask(run, name), "mask_crf")
-    measure_masks(run, "mask_crf", "mask+crf")
-
-
 def main(config: Config) -> dict:
     run = start("vitpcm", config, takes=())
 
@@ -230,7 +213,8 @@ def main(config: Config) -> dict:
         measure_cams(run, THRESHOLD)
 
     with run.stage("masks", "Masks: the likeliest class, and a dense CRF"):
-        write_patch_masks(run, config.mask_crf)
+        write_masks(run, run.train, lambda name: threshold_mask(run, name, THRESHOLD))
+        refine_masks(run, config.mask_crf, lambda name: crf_mask(run, name))
 
     with run.stage("segment", "Segmentation network from the masks"):
         segmentation_from_masks(run, "mask_crf" if config.mask_crf else "mask", config.segment)

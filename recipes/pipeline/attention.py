@@ -68,6 +68,12 @@ class AttendingTrunk(nn.Module):
         keep_statistics(self)
         return self
 
+    def pretrained(self) -> list[nn.Parameter]:
+        """Trained parameters that do not start anew."""
+        parts = ([part] if isinstance(part, nn.Parameter) else part.parameters() for part in self.new)
+        new = {id(parameter) for part in parts for parameter in part}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in new]
+
     def stem(self, images: Tensor) -> tuple[Tensor, ...]:
         """Levels of the convolutional part, the last one being what the blocks see; the images if there is none."""
         if self.body is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.pipeline.models import Trunk
-from recipes.pipeline.run import Run, save_arrays
+from recipes.pipeline.run import Run, load_arrays, save_arrays
 from recipes.pipeline.views import image_tensor, views
 from wsss_modules import merge_flip, multi_scale_cam
 
@@ -48,6 +48,12 @@ class Cam(NamedTuple):
     """(k, H, W) float32 at the size of the image."""
     coarse: np.ndarray
     """(k, ceil(H / 4), ceil(W / 4)) float32."""
+
+
+class Maps(NamedTuple):
+    """``cam`` (B, K, h, w): the output of a network that is read for its maps alone."""
+
+    cam: Tensor
 
 
 def write_cams(
@@ -99,6 +105,18 @@ def write_cams(
     run.for_each(names, lambda name: run.path(folder, f"{name}.npz"), work)
 
 
+def write_maps(
+    run: Run, names: Sequence[str], maps_of: Callable[[str], Mapping[str, Tensor]], folder: str = "cam"
+) -> None:
+    """Write ``FOLDER/IMAGE.npz`` for each image, where ``maps_of(name)`` gives the arguments of :func:`save_cam`."""
+
+    @torch.no_grad()
+    def work(name: str) -> None:
+        save_cam(run, name, folder=folder, **maps_of(name))
+
+    run.for_each(names, lambda name: run.path(folder, f"{name}.npz"), work)
+
+
 def save_cam(
     run: Run, name: str, keys: Tensor, cam: Tensor, coarse: Tensor | None = None, folder: str = "cam", **more: Tensor
 ) -> None:
@@ -111,6 +129,15 @@ def save_cam(
     save_arrays(run.path(folder, f"{name}.npz"), **{key: value.cpu().numpy() for key, value in arrays.items()})
 
 
+def share_of_classes(scores: Tensor) -> Tensor:
+    """Scores (1 + k, H, W) of background and classes to (k, H, W): each class against the background, in [0, 1].
+
+    The class of the highest of all scores is that of the highest share, where that exceeds one half.
+    """
+    background, classes = scores[:1], scores[1:]
+    return classes / (background + classes).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
 def _quarter(cam: Tensor) -> Tensor:
     size = [-(-side // 4) for side in cam.shape[-2:]]
     if len(cam) == 0:  # no tag; interpolate refuses it
@@ -120,5 +147,5 @@ def _quarter(cam: Tensor) -> Tensor:
 
 def read_cam(run: Run, name: str, folder: str = "cam") -> Cam:
     """What :func:`write_cams` wrote."""
-    with np.load(run.path(folder, f"{name}.npz")) as stored:
-        return Cam(stored["keys"], stored["cam"].astype(np.float32), stored["coarse"].astype(np.float32))
+    stored = load_arrays(run.path(folder, f"{name}.npz"))
+    return Cam(stored["keys"], stored["cam"].astype(np.float32), stored["coarse"].astype(np.float32))

@@ -74,6 +74,19 @@ def build_classifier(run: Run, config: ClassifyConfig) -> Classifier:
     return Classifier(trunk, len(run.dataset.classes), dropout=config.dropout)
 
 
+def stages_before(network: BackboneConfig) -> tuple[str, ...]:
+    """What ``--reuse`` takes over for a ``network`` that may go on from a plain classifier."""
+    return ("classify",) if network.weights == "classifier" else ()
+
+
+def classifier_before(run: Run, network: BackboneConfig, config: ClassifyConfig) -> Classifier | None:
+    """The plain classifier that ``network`` goes on from, a stage of its own; None if it has other weights."""
+    if network.weights != "classifier":
+        return None
+    with run.stage("classify", "Plain classifier to start from"):
+        return train_classifier(run, config)
+
+
 class BackboneConfig(Protocol):
     """What the settings of any network say of its backbone."""
 

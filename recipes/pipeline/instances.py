@@ -19,7 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from recipes.pipeline.data.boxes import Boxes, flat_boxes
 from recipes.pipeline.data.image_set import IGNORE, ImageSet
 from recipes.pipeline.detection import Detector
-from recipes.pipeline.run import Run, save_arrays
+from recipes.pipeline.run import Run, load_arrays, save_arrays
 from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, view
 from wsss_losses import seed_growing_mask_loss
@@ -97,12 +97,12 @@ class SeededBoxes(Dataset):
         scale = self.side / torch.tensor([image.shape[2], image.shape[1]] * 2)
         rows, seeds = torch.zeros(most, 5), torch.zeros(2, most, SIDE, SIDE)
         rows[: len(corners)] = torch.cat([classes[:, None].float(), corners * scale], 1)
-        with np.load(self.run.path(self.folder, f"{name}.npz")) as stored:
-            for k, kind in enumerate(("strict", "loose")):
-                masks = torch.from_numpy(stored[kind])[:, None].float()
-                numbered = torch.cat([torch.arange(len(corners))[:, None].float(), corners], 1)
-                inside = roi_align(masks, numbered, SIDE, sampling_ratio=1, aligned=True)[:, 0]
-                seeds[k, : len(corners)] = (inside >= 0.5).float()
+        stored = load_arrays(self.run.path(self.folder, f"{name}.npz"))
+        for k, kind in enumerate(("strict", "loose")):
+            masks = torch.from_numpy(stored[kind])[:, None].float()
+            numbered = torch.cat([torch.arange(len(corners))[:, None].float(), corners], 1)
+            inside = roi_align(masks, numbered, SIDE, sampling_ratio=1, aligned=True)[:, 0]
+            seeds[k, : len(corners)] = (inside >= 0.5).float()
         square = view(image, (self.side, self.side), self.mean, self.std, flip=False)[0]
         return {"image": square, "boxes": rows, "strict": seeds[0], "loose": seeds[1]}
 
@@ -158,8 +158,7 @@ def write_instances(run: Run, detector: Detector, head: MaskHead, names: Sequenc
 
 def read_instances(run: Run, name: str) -> Found:
     """What `write_instances` wrote."""
-    with np.load(run.path("found", f"{name}.npz")) as stored:
-        return Found(stored["masks"], stored["classes"], stored["scores"])
+    return Found(**load_arrays(run.path("found", f"{name}.npz")))
 
 
 def true_instances(dataset: ImageSet, boxes: Boxes, name: str) -> Found | None:

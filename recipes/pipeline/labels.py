@@ -40,17 +40,31 @@ def threshold_mask(run: Run, name: str, threshold: float, folder: str = "cam") -
 def crf_mask(run: Run, name: str, folder: str = "mask") -> Tensor:
     """A mask refined by a dense CRF over the photograph, with IRN's settings: (H, W)."""
     mask = torch.from_numpy(read_mask(run, name, folder)).long()
+    return refine_mask(image_tensor(run.dataset.image(name)), mask)
+
+
+def refine_mask(image: Tensor, mask: Tensor) -> Tensor:
+    """A mask (H, W) refined by a dense CRF over ``image`` (3, H, W) uint8, with IRN's settings."""
     present, compact = mask.unique(return_inverse=True)
-    image = image_tensor(run.dataset.image(name))
     refined = dense_crf(image[None], unary_from_mask(compact[None], len(present)), IRN_CRF)
     return present[refined[0].argmax(0)]
 
 
-def refine_masks(run: Run, everywhere: bool) -> None:
-    """Refine ``mask/`` into ``mask_crf/``, ``everywhere`` or only where it is measured, and measure both."""
+def refine_masks(run: Run, everywhere: bool, refined: Callable[[str], Tensor] | None = None) -> None:
+    """From ``mask/`` to ``mask_crf/``, ``everywhere`` or only where it is measured, and measure both.
+
+    ``refined(name)`` gives the refined mask; by default :func:`crf_mask`.
+    """
     measure_masks(run)
-    write_masks(run, run.train if everywhere else run.seeds, lambda name: crf_mask(run, name), "mask_crf")
+    mask_of = refined or (lambda name: crf_mask(run, name))
+    write_masks(run, run.train if everywhere else run.seeds, mask_of, "mask_crf")
     measure_masks(run, "mask_crf", "mask+crf")
+
+
+def masks_by_threshold(run: Run, threshold: float, everywhere: bool) -> None:
+    """The CAMs above ``threshold`` as ``mask/``, refined as by :func:`refine_masks`."""
+    write_masks(run, run.train, lambda name: threshold_mask(run, name, threshold))
+    refine_masks(run, everywhere)
 
 
 def measure_cams(run: Run, threshold: float, folder: str = "cam", what: str = "seed") -> None:

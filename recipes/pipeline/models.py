@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from recipes.pipeline.run import load_tensors
 from wsss_modules import CAMHead, ResNet38
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -132,7 +133,7 @@ def load_weights(body: nn.Module, name: str, weights: str) -> None:
     if weights == "imagenet":
         state, source = _imagenet_state_dict(name.removesuffix("-irn")), "the ImageNet weights"
     elif Path(weights).is_file():
-        state, source = torch.load(weights, map_location="cpu", weights_only=True), weights
+        state, source = load_tensors(Path(weights), advice="Expected a state dict that torch has saved"), weights
     else:
         raise ValueError(f"weights: expected imagenet, random or a file, got {weights!r}")
     missing = body.load_state_dict(state, strict=False).missing_keys

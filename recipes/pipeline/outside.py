@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from recipes.pipeline.data.image_set import PHOTO_SUFFIXES, first_five
 from recipes.pipeline.data.voc import outside_images
 from recipes.pipeline.models import Classifier, Trunk
-from recipes.pipeline.run import Run, replacing, save_arrays
+from recipes.pipeline.run import Run, load_arrays, replacing, save_arrays
 from recipes.pipeline.training import TaggedCrops
 from recipes.pipeline.views import image_tensor, scaled_size, view
 
@@ -121,8 +121,7 @@ def pooled_features(
         save_arrays(run.path(folder, f"{name}.npz"), features=pooled.cpu().numpy())
 
     def read(name: str) -> np.ndarray:
-        with np.load(run.path(folder, f"{name}.npz")) as stored:
-            return stored["features"]
+        return load_arrays(run.path(folder, f"{name}.npz"))["features"]
 
     run.for_each(names, lambda name: run.path(folder, f"{name}.npz"), work)
     return torch.from_numpy(np.stack([read(name) for name in names]))

@@ -10,7 +10,7 @@ import numpy as np
 from recipes.pipeline.data import ImageSet
 from recipes.pipeline.data.image_set import first_five, read_mask
 from recipes.pipeline.evaluation import IGNORE, Measurement, evaluate_masks, measure_seeds
-from recipes.pipeline.run import load_mask
+from recipes.pipeline.run import load_arrays, load_mask
 from recipes.pipeline.tables import WHATS
 
 
@@ -35,8 +35,8 @@ def remeasure_run(
     """
 
     def read_cam(name: str) -> tuple[np.ndarray, np.ndarray]:
-        with np.load(folder / "cam" / f"{name}.npz") as stored:
-            return stored["cam"], stored["keys"]
+        stored = load_arrays(folder / "cam" / f"{name}.npz")
+        return stored["cam"], stored["keys"]
 
     for what in WHATS:
         place = folder / ("cam" if what == "seed" else what.replace("+", "_"))

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
 import json
 import os
+import pickle
 import threading
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -125,7 +128,8 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         file = self.path("metrics.json")
         if file.exists():
-            return json.loads(file.read_text())
+            with reading(file):
+                return json.loads(file.read_text())
         config = self.config
         return {
             "recipe": self.recipe,
@@ -308,7 +312,7 @@ def _open_folder(folder: Path, recipe: str, config: RunConfig) -> None:
         left_over.unlink()
     file, wanted = folder / "config.yaml", {"recipe": recipe, **settings(config)}
     if file.exists():
-        differing = differing_settings(yaml.safe_load(file.read_text()), wanted)
+        differing = differing_settings(_read_settings(file), wanted)
         if differing:
             told = "; ".join(differing)
             raise ValueError(f"out: {folder} holds a run with other settings ({told}); give another --out or remove it")
@@ -345,7 +349,8 @@ def _take_over(run: Run, source: Path, takes: Sequence[str]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             os.link(file, target)
-    stages = json.loads((source / "metrics.json").read_text())["stages"]
+    with reading(source / "metrics.json"):
+        stages = json.loads((source / "metrics.json").read_text())["stages"]
     taken = {name: stages[name] for name in takes if name in stages}
     run.record(stages=taken, reused=str(source), taken=list(taken))
 
@@ -370,26 +375,96 @@ def _differing(run: Run, source: Path, keys: Sequence[str]) -> list[str]:
     file = source / "config.yaml"
     if not file.exists():
         raise ValueError(f"reuse: expected a run folder with config.yaml, got {source}")
-    return differing_settings(yaml.safe_load(file.read_text()), settings(run.config), keys)
+    return differing_settings(_read_settings(file), settings(run.config), keys)
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    with reading(file):
+        found = yaml.safe_load(file.read_text())
+        if not isinstance(found, dict):
+            raise yaml.YAMLError(f"no settings in it, but {found!r}")
+        return found
 
 
 @contextmanager
 def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary file beside ``path`` and rename it to ``path`` once it is written whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Open a temporary file beside ``path`` and rename it to ``path`` once it is written whole.
+
+    Raises:
+        OSError: the disk is full, or whatever else the system says; ``path`` is as it was before.
+    """
     part = path.with_name(f"{path.name}.part-{os.getpid()}-{threading.get_ident()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open(mode) as file:
             yield file
         part.replace(path)
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error  # torch.save hides what the system said behind an error of its own
+        while cause is not None and getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            cause = cause.__context__
+        if isinstance(cause, OSError):
+            told = f"{cause.strerror}; make room, and the same command goes on where it stopped"
+            raise OSError(cause.errno, told, str(path)) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+# What broken files raise in the libraries that read them.
+_DAMAGE = (
+    OSError,
+    EOFError,
+    KeyError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    yaml.YAMLError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+ANEW = "Remove it, and the same command makes it anew"
+
+
+@contextmanager
+def reading(path: Path, advice: str = ANEW) -> Iterator[None]:
+    """Tell which file it is that can't be read, and what to do; by default it is one that a run has written.
+
+    Raises:
+        ValueError: the file is damaged, or holds a pickle.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except _DAMAGE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: cannot be read ({reason}); it is damaged or of another kind. {advice}") from error
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write a compressed ``.npz`` without pickles."""
     with replacing(path) as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read what :func:`save_arrays` wrote; no pickle is ever loaded."""
+    with reading(path), path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("it holds other things than arrays")
+        return arrays
+
+
+def load_tensors(path: Path, device: str | torch.device = "cpu", *, advice: str = ANEW) -> dict[str, Any]:
+    """Read tensors, numbers and texts that torch saved; no other pickle is ever loaded."""
+    with reading(path, advice):
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 def save_mask(path: Path, mask: np.ndarray, palette_index: Sequence[int]) -> None:
@@ -406,7 +481,8 @@ def load_mask(path: Path, palette_index: Sequence[int]) -> np.ndarray:
     """Read what :func:`save_mask` wrote: (H, W) uint8 with 0..K or 255."""
     table = np.full(256, 255, dtype=np.uint8)
     table[list(palette_index)] = np.arange(len(palette_index), dtype=np.uint8)
-    return table[np.asarray(Image.open(path))]
+    with reading(path), Image.open(path) as stored:
+        return table[np.asarray(stored)]
 
 
 def _processor_seconds() -> float:

@@ -55,6 +55,11 @@ def saliency_source(
     return source
 
 
+def saliency_unless_none(run: Run, spec: str | None) -> Callable[[str], np.ndarray] | None:
+    """:func:`saliency_source`; None where the run is told to do with tags alone, by "none"."""
+    return None if spec == "none" else saliency_source(run, spec)
+
+
 def save_saliency(run: Run, name: str, saliency: np.ndarray, folder: str = FOLDER) -> None:
     """Write a map (H, W) in [0, 1] as ``FOLDER/NAME.png`` of the run: 8-bit grey, white is foreground."""
     with replacing(run.path(folder, f"{name}.png")) as file:

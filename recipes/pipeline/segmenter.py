@@ -1,4 +1,4 @@
-"""The segmentation network: DeepLab in three forms, on any backbone."""
+"""The segmentation network, DeepLab in three forms on any backbone, and heads for networks of one's own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import segmentation_models_pytorch as smp
 import timm
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.pipeline.models import Features, build_trunk, freeze_stages, keep_statistics, load_weights
@@ -62,6 +64,31 @@ class DeepLabHead(nn.Module):
         return sum(branch(features.final) for branch in self.branches)
 
 
+class SegFormerHead(nn.Module):
+    """Each level brought to one width, enlarged to the finest and mixed: levels to logits (B, classes, h, w).
+
+    Paper: Xie et al., "SegFormer: Simple and Efficient Design for Semantic Segmentation with Transformers", NeurIPS
+    2021, arXiv:2105.15203, whose batch norm, synchronised there, is a group norm here, for small batches.
+    """
+
+    def __init__(self, channels: Sequence[int], dim: int, classes: int) -> None:
+        super().__init__()
+        self.project = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in channels)
+        self.mix = nn.Sequential(
+            nn.Conv2d(dim * len(channels), dim, 1, bias=False),
+            nn.GroupNorm(min(8, dim), dim),
+            nn.ReLU(),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(dim, classes, 1),
+        )
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        size = levels[0].shape[-2:]
+        maps = [project(level) for project, level in zip(self.project, levels, strict=True)]
+        large = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps]
+        return self.mix(torch.cat(large[::-1], 1))
+
+
 class Segmenter(nn.Module):
     """Images (B, 3, H, W) to logits (B, 1 + K, h, w), with a backbone whose batch norm keeps its stored statistics.
 
@@ -72,6 +99,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, config: SegmentConfig, num_classes: int, *, depth: int = 5, decoder_channels: int = 256) -> None:
         super().__init__()
+        self.depth, self.decoder_channels = depth, decoder_channels
         self.encoder: nn.Module
         if config.architecture == "deeplabv3plus":
             self.net = smp.DeepLabV3Plus(
@@ -84,7 +112,8 @@ class Segmenter(nn.Module):
             )
             self.encoder = self.net.encoder
             body = self.encoder.model
-            cut_off(body)
+            if depth < 5:
+                cut_off(body)
             load_weights(body, config.encoder, config.weights)
             freeze_stages(body, config.frozen_stages)
             self.head_modules = [self.net.decoder, self.net.segmentation_head]

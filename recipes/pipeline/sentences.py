@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recipes.pipeline.run import save_arrays
+from recipes.pipeline.run import load_arrays, save_arrays
 
 EncodeText = Callable[[Sequence[str]], Tensor]
 
@@ -104,8 +104,8 @@ def remembered(file: Path, encoder: Callable[[], EncodeText]) -> EncodeText:
     def look_up(texts: Sequence[str]) -> Tensor:
         known: dict[str, Tensor] = {}
         if file.exists():
-            with np.load(file) as stored:
-                known = dict(zip(stored["texts"].tolist(), torch.from_numpy(stored["features"]), strict=True))
+            stored = load_arrays(file)
+            known = dict(zip(stored["texts"].tolist(), torch.from_numpy(stored["features"]), strict=True))
         new = [text for text in dict.fromkeys(texts) if text not in known]
         if new:
             known |= dict(zip(new, encoder()(new).cpu(), strict=True))

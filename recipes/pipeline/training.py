@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from recipes.pipeline.data import IGNORE, ImageSet
-from recipes.pipeline.run import Run, replacing
+from recipes.pipeline.run import Run, load_tensors, reading, replacing
 from recipes.pipeline.views import scaled_size
 
 
@@ -213,7 +215,9 @@ def fit(
     device, fabric = run.fabric.device, run.fabric
     model.to(device, memory_format=torch.channels_last)  # a third less time on a CPU, and what tensor cores want
     if final.exists():
-        model.load_state_dict(torch.load(final, map_location=device, weights_only=True)["model"])
+        _restore(final, model, load_tensors(final, device))
+        if fabric.global_rank == 0:
+            partial.unlink(missing_ok=True)  # of a run killed just before it would have done so
         return model.eval()
 
     per_epoch = max(1, len(dataset) // schedule.batch_size)
@@ -227,10 +231,8 @@ def fit(
         )
     done, curve = 0, []
     if partial.exists():
-        state = torch.load(partial, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        state = load_tensors(partial, device)
+        _restore(partial, model, state, optimizer=optimizer, scheduler=scheduler)
         done, curve = state["step"], state["curve"]
     fabric.barrier()
 
@@ -286,9 +288,22 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
-def _save(path: Any, model: nn.Module, **state: Any) -> None:
+def _save(path: Path, model: nn.Module, **state: Any) -> None:
+    """Write the weights and ``state``; never weights that are not finite, from which nobody could go on."""
+    broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    if broken:
+        raise FloatingPointError(
+            f"{path.name}: not written, {len(broken)} weights are not finite, e.g. {broken[0]}; lower the learning rate"
+        )
     with replacing(path) as file:
         torch.save({"model": model.state_dict(), **state}, file)
+
+
+def _restore(path: Path, model: nn.Module, state: Mapping[str, Any], **others: Any) -> None:
+    with reading(path):
+        model.load_state_dict(state["model"])
+        for name, other in others.items():
+            other.load_state_dict(state[name])
 
 
 def _terms(output: Any) -> dict[str, float]:
@@ -339,8 +354,27 @@ def _batches(run: Run, stage: str, dataset: Dataset, batch_size: int, steps: ran
 
     workers = run.config.workers if len(steps) > 1 else 0
     pinned = run.fabric.device.type == "cuda"
-    loader = DataLoader(_Seeded(dataset), batch_sampler=list(keys()), num_workers=workers, pin_memory=pinned)
-    return iter(loader)
+    loader = DataLoader(
+        _Seeded(dataset),
+        batch_sampler=list(keys()),
+        num_workers=workers,
+        pin_memory=pinned,
+        # as ever on Linux, until Python 3.14: other ways to start a process pickle the data set, functions and all
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+    return _told_of_dead_loaders(loader, stage)
+
+
+def _told_of_dead_loaders(loader: DataLoader, stage: str) -> Iterator[dict[str, Tensor]]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"{stage}: a loader process died ({error}); is there memory left? "
+            "The same command goes on from the last checkpoint, with --workers 0 without such processes"
+        ) from error
 
 
 class RandomLongSide(v2.Transform):
@@ -418,6 +452,26 @@ class TaggedCrops(Dataset):
         image = self.transform(tv_tensors.Image(self.dataset.image(name)))
         labels = torch.from_numpy(self.dataset.labels(name))
         return {"image": image.as_subclass(Tensor), "labels": labels, "index": torch.tensor(index)}
+
+
+class FramedCrops(TaggedCrops):
+    """`TaggedCrops` that know their padding: ``inside`` (1, crop, crop) uint8 is 0 there, ``region`` (4,) the rest.
+
+    The region is x1, y1, x2, y2 in pixels. ``transform`` should be that of `crop_transform` with ``mask_fill=0``.
+    """
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = tv_tensors.Image(self.dataset.image(self.names[index]))
+        image, inside = self.transform(image, tv_tensors.Mask(torch.ones_like(image[:1])))
+        inside = inside.as_subclass(Tensor)
+        (top, bottom), (left, right) = (inside[0].any(axis).nonzero()[[0, -1], 0] for axis in (1, 0))
+        return {
+            "image": image.as_subclass(Tensor),
+            "labels": torch.from_numpy(self.dataset.labels(self.names[index])),
+            "index": torch.tensor(index),
+            "inside": inside,
+            "region": torch.stack([left, top, right + 1, bottom + 1]),
+        }
 
 
 class MaskedCrops(Dataset):

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from recipes.pipeline.cams import CamConfig
+from recipes.pipeline.classification import ClassifyConfig
 from recipes.pipeline.run import RunConfig
 from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import Schedule
-from recipes.settings.shared import CAMS, SEGMENT
+from recipes.settings.shared import CAMS, CLASSIFY, SEGMENT
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class L2GConfig:
 
     backbone: str = "tf_efficientnet_lite0"
     """timm name or resnet38, of both networks."""
-    weights: str = "imagenet"
-    """imagenet, random or a file."""
+    weights: str = "classifier"
+    """classifier, the weights of a plain one, heads and all; or imagenet, random or a file."""
     output_stride: int = 16
     """Pixels per cell of the last maps (resnet38: always 8)."""
     frozen_stages: int = 3
@@ -62,6 +63,8 @@ class Config(RunConfig):
 
     saliency: str | None = None
     """Saliency maps: a run of c2am or a folder; by default those of the data set; none for attention alone."""
+    classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
+    """The plain classifier, whose weights both networks may start from."""
     l2g: L2GConfig = field(default_factory=L2GConfig)
     cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
     threshold: float = 0.25
@@ -80,6 +83,7 @@ PRESETS = {
     # would move the logits four times as far through the classifier and twice through the backbone: those rates are
     # divided by 4 and 2. In `demo` too, where without that the loss of the tags stayed at that of a guess.
     "small": Config(
+        classify=CLASSIFY["small"],
         l2g=L2GConfig(
             frozen_stages=4,
             side=(256, 400),
@@ -95,6 +99,7 @@ PRESETS = {
     "paper": Config(
         l2g=L2GConfig(
             backbone="resnet38",
+            weights="imagenet",
             output_stride=8,
             frozen_stages=0,
             resize="short",
@@ -115,6 +120,7 @@ PRESETS = {
     ),
     "tiny": Config(
         data="demo:tiny",
+        classify=CLASSIFY["tiny"],
         l2g=L2GConfig(schedule=Schedule(epochs=1, batch_size=4, lr=0.005, head_lr=0.05)),
         cams=CAMS["tiny"],
         segment=SEGMENT["tiny"],

@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.golden import conftest
 from tests.golden.case import Agreement, Case, GoldenError, Overlap, Within, check, run
 from tests.golden.compare import choose_rule, parse_tolerance
 
@@ -201,21 +203,19 @@ def test_a_tolerance_in_words_is_left_to_the_adapter(tmp_path: Path, text: str, 
 
 def test_a_folder_is_run_and_an_unknown_file_fails(tmp_path: Path) -> None:
     toy(tmp_path)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/golden/test_golden.py",
-        "--golden",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/golden/test_golden.py"]
     root = Path(__file__).parents[2]
-    result = subprocess.run([*command, str(tmp_path)], cwd=root, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [*command, "--golden", str(tmp_path)], cwd=root, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 1
     assert "test_golden[toy/square__a]" in result.stdout
     assert '@adapter("toy/square")' in result.stdout
-    result = subprocess.run([*command, str(tmp_path / "toy")], cwd=root, capture_output=True, text=True, check=False)
-    assert result.returncode != 0
-    assert "no SYSTEM/*.safetensors file" in result.stdout + result.stderr
+
+
+def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
+    asked = SimpleNamespace(
+        fixturenames=["golden_file"], config=SimpleNamespace(getoption=lambda option: str(tmp_path))
+    )
+    with pytest.raises(pytest.UsageError, match=r"--golden: no SYSTEM/\*\.safetensors file"):
+        conftest.pytest_generate_tests(asked)

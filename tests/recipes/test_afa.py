@@ -1,12 +1,11 @@
-"""AFA's labels of a step, its crops, and backbones whose attention can be read."""
+"""AFA's labels of a step, and backbones whose attention can be read."""
 
 import pytest
 import torch
 
 from recipes import afa
 from recipes.pipeline.attention import AttendingTrunk
-from recipes.pipeline.data import load_dataset
-from recipes.pipeline.training import AdamSchedule, RandomScale, crop_transform, warmup_adamw
+from recipes.pipeline.training import AdamSchedule, warmup_adamw
 from recipes.pipeline.transformers import TokenConfig
 
 HYBRID = TokenConfig(weights="random", frozen_stages=3, dim=24, depth=2, heads=3, grid=4)
@@ -27,20 +26,6 @@ def test_backbones_give_maps_and_square_attention_on_any_grid(config: TokenConfi
     assert {tuple(a.shape[2:]) for a in out.attentions} == {(15, 15)}
     again = trunk.encode(trunk.stem(images), attention=False)
     torch.testing.assert_close(again.final, out.final)
-
-
-def test_crops_say_which_part_is_not_padding() -> None:
-    data = load_dataset("demo:tiny")
-    transform = crop_transform(RandomScale(0.5, 0.5), 128, (0.5,) * 3, (0.5,) * 3)
-    crops = afa.RegionCrops(data, data.train, transform)
-    for index in range(4):
-        item = crops[index]
-        x1, y1, x2, y2 = item["region"].tolist()
-        height, width = data.size(data.train[index])
-        assert (y2 - y1, x2 - x1) == (round(height / 2), round(width / 2))
-        outside = item["image"].clone()
-        outside[:, y1:y2, x1:x2] = 0
-        assert not outside.any()
 
 
 def test_labels_of_a_step_keep_out_of_the_padding_and_the_mode() -> None:

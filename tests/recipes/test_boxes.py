@@ -10,7 +10,8 @@ from torchvision.transforms import v2
 
 from recipes import bana, bbam
 from recipes.pipeline.data import ImageSet, load_dataset
-from recipes.pipeline.data.boxes import BoxedCrops, Boxes, boxes_of_mask, flat_boxes, read_boxes
+from recipes.pipeline.data.boxes import BoxedCrops, Boxes, boxes_for, boxes_of_mask, flat_boxes, read_boxes
+from recipes.pipeline.run import start
 from recipes.pipeline.training import crop_transform
 from tests.recipes.synthetic import make_dataset
 
@@ -93,6 +94,14 @@ def test_recipes_ask_for_boxes_before_anything_is_trained(
     with pytest.raises(ValueError, match=r"boxes: demo:tiny comes without boxes for 16 images"):
         recipe.main(config)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_says_where_its_boxes_come_from(tmp_path: Path) -> None:
+    run = start("bana", replace(bana.PRESETS["tiny"], out=tmp_path, accelerator="cpu"))
+    boxes = boxes_for(run, "components_of_masks")
+    assert set(run.train) <= set(boxes.of)
+    assert run.metrics["supervision"] == boxes.supervision
+    assert boxes.supervision in run.dataset.notes[-1]
 
 
 class Mirror(v2.Transform):

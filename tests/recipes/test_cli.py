@@ -83,6 +83,8 @@ def test_every_recipe_says_what_it_is(name):
     assert recipe.paper
     assert recipe.summary
     source = recipe.path.read_text()
+    assert len(source.splitlines()) <= 250, "what can be set belongs to recipes/settings, what is shared to pipeline"
+    assert f"from recipes.settings.{name} import " in source
     assert 'if __name__ == "__main__":\n    run_recipe(sys.modules[__name__])\n' in source
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from recipes import edam
+from recipes.pipeline.models import build_trunk
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.training import RandomScale, TaggedCrops, crop_transform, poly_sgd, two_speed_groups
 
@@ -32,7 +33,7 @@ def test_pairs_share_a_class_and_follow_the_seed(tmp_path: Path) -> None:
 
 
 def test_transformers_learn_as_slowly_as_the_backbone() -> None:
-    trunk = edam.build_trunk("tf_efficientnet_lite0", "random", 32)
+    trunk = build_trunk("tf_efficientnet_lite0", "random", 32)
     model = edam.EDAM(trunk, 3, edam.EDAMConfig(width=8))
     groups = two_speed_groups(model, edam.fast_parts(model), edam.EDAMConfig().schedule, double_biases=True)
     rate = {id(p): group["lr"] for group in groups for p in group["params"]}

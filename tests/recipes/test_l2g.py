@@ -26,7 +26,7 @@ def step_of(
     config = l2g.Config(data="demo:tiny", out=folder, workers=0, accelerator="cpu", l2g=replace(NETWORK, **options))
     run = start("l2g", config, takes=())
     torch.manual_seed(0)
-    net = l2g.train_l2g(run, config.l2g, saliency_source(run) if saliency else None)
+    net = l2g.train_l2g(run, None, config.l2g, saliency_source(run) if saliency else None)
     items = [caught["v"][i] for i in range(2)]
     batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
     return run, net, caught["l"](net, batch, Moment(0, 10, 0, 2)), batch
@@ -47,6 +47,16 @@ def test_a_step_teaches_each_network_its_own_part(
     terms.transfer.backward()
     assert all(value.grad is None for value in net.local.parameters())
     assert all(value.grad is not None and value.grad.any() for value in net.whole.head.parameters())
+
+
+def test_a_head_can_start_with_the_maps_of_a_plain_classifier() -> None:
+    torch.manual_seed(0)
+    weight, features = torch.randn(3, 16, 1, 1), torch.ones(1, 16, 4, 4)  # pixels alike: P(u) is u
+    head = l2g.PixelCorrelationCAMHead(16, 3, side_channels=(4, 8)).eval()
+    l2g.start_as_classifier(head, weight)
+    with torch.no_grad():
+        found = head(features, torch.ones(1, 4, 4, 4), torch.ones(1, 8, 4, 4), torch.ones(1, 3, 8, 8)).scores[:, 1:]
+    torch.testing.assert_close(found, torch.nn.functional.conv2d(features, weight), rtol=1e-4, atol=1e-4)
 
 
 def test_saliency_shapes_what_is_taught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from recipes.pipeline.run import Run, start
 from recipes.pipeline.saliency import SaliencyCrops, saliency_source
 from recipes.pipeline.training import Moment, RandomScale, crop_transform
 from recipes.settings.ppc import ContrastConfig
-from tests.recipes.test_recipes import check_whole, run
+from tests.recipes.processes import run
+from tests.recipes.test_recipes import check_whole
 
 NETWORK = replace(ppc.PRESETS["tiny"].ppc, weights="random", crop=64)
 

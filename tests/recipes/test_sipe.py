@@ -4,38 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from recipes import sipe
 from recipes.pipeline.run import Run, start
-from wsss_modules import cam_to_mask
 
 
 def run_in(folder: Path) -> Run:
     return start("sipe", sipe.Config(data="demo:tiny", out=folder, workers=0, accelerator="cpu"), takes=())
-
-
-@given(st.integers(0, 99))
-def test_shares_above_one_half_are_the_argmax_with_the_background(seed: int) -> None:
-    scores = torch.rand(4, 6, 7, generator=torch.Generator().manual_seed(seed))
-    scores[:, 0, 0] = 0  # nothing at all is background
-    shares = sipe.share_of_classes(scores)
-    assert ((shares >= 0) & (shares <= 1)).all()
-    assert torch.equal(cam_to_mask(shares[None], 0.5)[0], scores.argmax(0))
-
-
-def test_crops_know_their_padding(tmp_path: Path) -> None:
-    run = run_in(tmp_path)
-    config = sipe.ClassifyConfig(weights="random", long_side=(60, 60), crop=96)
-    trunk = sipe.make_trunk(run, config, config.output_stride)
-    torch.manual_seed(0)
-    item = sipe.CropsWithInside(run, config, trunk)[0]
-    height, width = run.dataset.size(run.train[0])
-    assert item["inside"].shape == (1, 96, 96)
-    share = round(60 * height / max(height, width)) * round(60 * width / max(height, width)) / 96**2
-    assert abs(float(item["inside"].float().mean()) - share) < 1e-6
-    assert not item["image"][:, item["inside"][0] == 0].any(), "padded with 0 after the normalisation"
 
 
 def test_maps_are_written_with_and_without_the_background(tmp_path: Path) -> None:

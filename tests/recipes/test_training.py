@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from recipes.pipeline.data import load_dataset
 from recipes.pipeline.run import Run, RunConfig
 from recipes.pipeline.training import (
     AdamSchedule,
+    FramedCrops,
     Moment,
     RandomLongSide,
     RandomScale,
@@ -184,7 +186,10 @@ def test_finished_training_is_loaded_not_repeated(tmp_path: Path) -> None:
     def never(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
         raise AssertionError
 
+    left_over = run.path("checkpoints", "points.partial.pt")
+    left_over.write_bytes(b"of a run killed right after its last checkpoint")
     assert same(train(run, never), first)
+    assert not left_over.exists()
 
 
 def test_result_does_not_depend_on_loader_processes(tmp_path: Path) -> None:
@@ -252,6 +257,21 @@ def test_crops_pad_images_with_zero_and_masks_with_ignore() -> None:
     assert (mask[0][~inside] == 255).all()
     assert (image[0][inside] == 1).all()
     assert (image[0][~inside] == 0).all()
+
+
+def test_crops_say_which_part_is_not_padding() -> None:
+    data = load_dataset("demo:tiny")
+    transform = crop_transform(RandomScale(0.5, 0.5), 128, (0.5,) * 3, (0.5,) * 3, mask_fill=0)
+    crops = FramedCrops(data, data.train, transform)
+    for index in range(4):
+        item = crops[index]
+        x1, y1, x2, y2 = item["region"].tolist()
+        height, width = data.size(data.train[index])
+        assert (y2 - y1, x2 - x1) == (round(height / 2), round(width / 2))
+        assert item["inside"].shape == (1, 128, 128)
+        assert item["inside"][:, y1:y2, x1:x2].all()
+        assert item["inside"].sum() == (y2 - y1) * (x2 - x1)
+        assert not item["image"][:, item["inside"][0] == 0].any(), "padded with 0 after the normalisation"
 
 
 def test_random_long_side_keeps_the_aspect_and_the_range() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torchvision.transforms import v2
 
 from recipes.pipeline.data.image_set import IGNORE, ImageSet, first_five
 from wsss_modules import connected_components
+
+if TYPE_CHECKING:
+    from recipes.pipeline.run import Run
 
 BoxOrigin = Literal["annotations", "components_of_masks"]
 SUPERVISION = {
@@ -102,6 +105,14 @@ def read_boxes(
     if not any(len(boxes) for boxes in found.values()):
         raise ValueError(f"boxes: no image of {dataset.name} has a box of its classes")
     return Boxes(origin, found)
+
+
+def boxes_for(run: Run, origin: BoxOrigin) -> Boxes:
+    """The boxes of a run's training images, and of val images that have some; its report says where they are from."""
+    boxes = read_boxes(run.dataset, run.train, origin, optional=run.val)
+    run.dataset = boxes.noted_in(run.dataset)
+    run.record(supervision=boxes.supervision)
+    return boxes
 
 
 def boxes_of_mask(mask: np.ndarray | None) -> np.ndarray | None:

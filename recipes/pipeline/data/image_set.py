@@ -31,6 +31,9 @@ _UPRIGHT = {
 }
 _SIDEWAYS = (5, 6, 7, 8)
 
+# What Pillow raises for files that are damaged (SyntaxError: PNG), or that unpack to more than 179 million pixels.
+BROKEN = (OSError, SyntaxError, Image.DecompressionBombError)
+
 
 class Annotations(Protocol):
     """What a data set knows beyond tags. Every method gives None where it knows nothing."""
@@ -175,7 +178,7 @@ class ImageSet:
                 mask_size = self.annotations.mask_size(name)
                 if mask_size is not None and mask_size != size:
                     broken.append(self._size_message(name, mask_size))
-            except (OSError, ValueError) as error:
+            except (*BROKEN, ValueError) as error:
                 broken.append(str(error) if path in str(error) else f"{path}: {error}")
         if broken:
             raise ValueError(f"{self.name}: {first_five(broken, 'broken image')}")
@@ -276,7 +279,7 @@ def read_photo(path: str | Path) -> Image.Image:
                 )
             else:  # Pillow warns about palettes with transparency unless they pass through RGBA
                 image = (stored.convert("RGBA") if "transparency" in stored.info else stored).convert("RGB")
-    except OSError as error:
+    except BROKEN as error:
         raise ValueError(f"{path}: cannot be read as a photograph ({error}); is the file complete?") from error
     return image if turn is None else image.transpose(turn)
 
@@ -303,7 +306,7 @@ def read_mask(path: str) -> np.ndarray:
             if mode in ("P", "L"):
                 return np.array(stored)
             values = np.array(stored.convert("RGB") if mode in ("RGB", "RGBA") else stored)
-    except OSError as error:
+    except BROKEN as error:
         raise ValueError(f"{path}: cannot be read as a mask ({error})") from error
     if mode == "1" or (mode.startswith("I") and values.min() >= 0 and values.max() <= 255):
         return values.astype(np.uint8)
@@ -423,7 +426,7 @@ def _upright_size(path: str) -> tuple[int, int]:
         with Image.open(path) as stored:
             width, height = stored.size
             return (width, height) if _orientation(stored) in _SIDEWAYS else (height, width)
-    except OSError as error:
+    except BROKEN as error:
         raise ValueError(f"{path}: cannot be read as a photograph ({error})") from error
 
 
