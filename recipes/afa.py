@@ -63,6 +63,13 @@ class AFAOutput(NamedTuple):
     affinity: Tensor
 
 
+@torch.no_grad()
+def start_as_likeness(head: AttentionAffinityHead, head_width: int) -> None:
+    """Read the mean of scaled logits, above 1/2 from half of that which a new block gives a token for itself."""
+    head.proj.weight.fill_(1 / head.proj.in_channels)
+    head.proj.bias.fill_(-(head_width**0.5))  # both directions are added: half of 2 sqrt(d)
+
+
 class AFANet(nn.Module):
     """A transformer with a classifier, a decoder, and an affinity that is read off its attention: section 3."""
 
@@ -71,16 +78,23 @@ class AFANet(nn.Module):
         self.trunk, self.mean, self.std = trunk, trunk.mean, trunk.std
         self.classifier = CAMHead(trunk.out_channels, num_classes, pool="max")
         self.affinity = AttentionAffinityHead(trunk.num_maps)
+        self.logit_scale = 1.0
+        if config.scaled_logits:
+            self.logit_scale = trunk.head_width**-0.5
+            start_as_likeness(self.affinity, trunk.head_width)
         self.decoder = SegFormerHead(trunk.level_channels, config.decoder_dim, 1 + num_classes)
 
     def forward(self, images: Tensor) -> AFAOutput:
         seen = self.trunk(images)
-        return AFAOutput(self.classifier(seen.final).logits, self.decoder(seen.levels), self.affinity(seen.attentions))
+        return AFAOutput(self.classifier(seen.final).logits, self.decoder(seen.levels), self.affinity_of(seen))
+
+    def affinity_of(self, seen: Attended) -> Tensor:
+        return self.affinity([self.logit_scale * logits for logits in seen.attentions])
 
     def localise(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Signed CAMs (B, K, h, w) and affinities; the decoder is left out."""
         seen: Attended = self.trunk(images)
-        return self.classifier.class_maps(seen.final), self.affinity(seen.attentions)
+        return self.classifier.class_maps(seen.final), self.affinity_of(seen)
 
 
 class Localised(NamedTuple):

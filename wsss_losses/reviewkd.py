@@ -6,9 +6,11 @@ Axes: B images, C channels of a map, K classes, H W cells; stages from shallow t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from wsss_losses._reduction import Reduction, check_reduction, reduce
@@ -62,7 +64,7 @@ def hierarchical_context_loss(
 
     Notes:
         Averages are linear, so that only the difference of the maps is averaged, over the windows of all levels in one
-        product. Computed in float32 for half precision. Compiles with
+        product. No second derivative. Computed in float32 for half precision. Compiles with
         ``fullgraph=True``. Under DDP the mean over processes with equal batches is that of one process.
 
     Example:
@@ -278,8 +280,8 @@ def review_kd_loss(
         >>> import torch
         >>> from wsss_losses import review_kd_loss
         >>> student = torch.zeros(2, 3, 8, 6)
-        >>> [review_kd_loss(student, student + 2, epoch, weight=5.0).item() for epoch in (0, 10, 30)]
-        [0.0, 10.0, 20.0]
+        >>> [f"{review_kd_loss(student, student + 2, epoch, weight=5.0).item():.1f}" for epoch in (0, 10, 30)]
+        ['0.0', '10.0', '20.0']
     """
     _check_warmup(weight, warmup)
     if epoch < 0:
@@ -344,24 +346,40 @@ class ReviewKDLoss(nn.Module):
 
 def _stage_cost(student: Tensor, teacher: Tensor, levels: Sequence[int], decay: float, reduction: Reduction) -> Tensor:
     """Weighted mean of the squared distances of one stage at full resolution and at the levels, reduced."""
-    each = reduction == "none"
     s, t = at_least_float32(student), at_least_float32(teacher)
-    # the difference is only averaged, so that nothing of its size has to be kept for the way back
-    cost = _per_image(F.mse_loss(s, t, reduction="none" if each else "sum"), s, each)
     counted = [level for level in levels if level < s.shape[2]]
     shares = [decay**i for i in range(1, 1 + len(counted))]
-    if counted:
-        windows = torch.cat([_windows(s, level) for level in counted])  # (sum of l * l, H W)
-        share = torch.cat([s.new_full((level**2,), w / level**2) for level, w in zip(counted, shares, strict=True)])
-        averages = (s - t).flatten(2) @ windows.mT  # (B, C, sum of l * l)
-        cost = cost + _per_image(averages.square() @ share, s[:, :, 0, 0], each)
-    cost = cost / (1 + sum(shares))
-    return cost / max(1, len(s)) if reduction == "mean" else cost
+    windows = torch.cat([s.new_zeros(0, s.shape[2] * s.shape[3]), *(_windows(s, level) for level in counted)])
+    share = torch.cat([s.new_zeros(0), *(s.new_full((k**2,), w / k**2) for k, w in zip(counted, shares, strict=True))])
+    costs = _DistanceOverWindows.apply(s.flatten(2), t.flatten(2), windows, share)  # (B, C)
+    cost = costs.sum(1) / (max(1, costs.shape[1]) * (1 + sum(shares)))
+    if reduction == "none":
+        return cost
+    return cost.sum() / max(1, len(s)) if reduction == "mean" else cost.sum()
 
 
-def _per_image(squares: Tensor, of: Tensor, each: bool) -> Tensor:
-    """Sum of the squares divided by the entries of one image: of each image, or of all together."""
-    return (squares.flatten(1).sum(1) if each else squares.sum()) / max(1, of[:1].numel())
+class _DistanceOverWindows(torch.autograd.Function):
+    """Mean square of s - t (B, C, N), and squares of its averages over windows (W, N), times their share: (B, C).
+
+    Written out, forward and backward read and write something of the size of the maps half as often.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, t: Tensor, windows: Tensor, share: Tensor) -> Tensor:
+        difference = s - t
+        averages = difference @ windows.mT  # (B, C, W)
+        ctx.save_for_backward(difference, averages, windows, share)
+        squares = torch.linalg.vector_norm(difference, dim=2).square()
+        return squares / max(1, s.shape[2]) + averages.square() @ share
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        difference, averages, windows, share = ctx.saved_tensors
+        slope = 2 * grad[:, :, None]
+        of_student = difference * (slope / max(1, difference.shape[2]))
+        of_student.baddbmm_(averages * share * slope, windows.expand(len(difference), -1, -1))
+        return of_student, -of_student if ctx.needs_input_grad[1] else None, None, None
 
 
 def _windows(x: Tensor, level: int) -> Tensor:

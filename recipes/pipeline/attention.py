@@ -62,6 +62,7 @@ class AttendingTrunk(nn.Module):
                 channels = patches.trunk.level_channels[1:-1]  # strides 4 to 16
             self.level_channels = (*channels, trunk.out_channels)
         self.out_channels = self.level_channels[-1]
+        self.head_width = self.out_channels * export // self.num_maps
 
     def train(self, mode: bool = True) -> AttendingTrunk:
         super().train(mode)

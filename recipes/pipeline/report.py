@@ -391,9 +391,10 @@ def _threshold_sweep(measured: Sequence[Measurement]) -> _Sweep | None:
     lines = [_Line(f"{m.what}, {SPLITS.get(m.split, m.split)}", m.curve) for m in measured if m.curve]
     if not lines:
         return None
+    swept = {(m.what, m.split) for m in measured if m.curve}
     marks, notes = [], []
     for m in measured:
-        if m.threshold is not None and math.isfinite(m.miou):
+        if (m.what, m.split) in swept and m.threshold is not None and math.isfinite(m.miou):
             marks.append(_Mark(m.threshold, m.miou, m.oracle))
             sign, where = ("○", m.threshold_from) if m.oracle else ("●", "chosen, fixed beforehand")
             what = f"{sign} {m.what}, {SPLITS.get(m.split, m.split)}"

@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import recipes
 from recipes.pipeline.data import ImageSet, load_dataset
 from recipes.pipeline.report import repeat_command
 from recipes.pipeline.results import PLAIN, Results, markdown, page, record_of, table_csv, wants_saliency, write_text
@@ -38,7 +37,7 @@ from recipes.pipeline.tables import duration, processor_seconds, total_seconds
 
 CUES = "c2am"  # learns saliency maps for those that need some, where the data set has none
 LISTS = ("classes", "labels", "train_list", "val_list", "seed_list")
-RECORDS = Path(recipes.__path__[0]).parent / "docs" / "data"
+RECORDS = Path(__file__).parents[2] / "docs" / "data"
 WAIT = 5.0  # seconds between looks at what another sweep is running
 
 

@@ -15,6 +15,11 @@ class AFAConfig:
 
     cam_scales: tuple[float, ...] = (1.0,)
     """Sizes whose CAMs are merged in each step, each with its mirror image; the walk takes the affinity of the last."""
+    scaled_logits: bool = True
+    """Read affinities off attention logits as softmax sees them, over the root of the width of a head, and at first off
+    their mean, as fits blocks that start by attending to similar patches. The raw logits, published for a pretrained
+    MiT, are about 20 in new blocks: under random weights all affinities are 0 or 1, and none learns.
+    """
     low: float = 0.35
     """Background score under which a pixel is trusted to be background."""
     high: float = 0.55
@@ -84,6 +89,7 @@ PRESETS = {
         tokens=TokenConfig(backbone="mit_b1", drop_path=0.1),
         afa=AFAConfig(
             cam_scales=(1.0, 0.5, 1.5),
+            scaled_logits=False,
             radius=8,
             dilations=(1, 2, 4, 8, 12, 24),
             decoder_dim=256,

@@ -148,6 +148,9 @@ def test_report_sorts_cards_by_the_iou_they_show(run, dataset):
 
 
 def test_report_marks_the_chosen_threshold_and_the_oracle(run, dataset):
+    metrics = json.loads((run / "metrics.json").read_text())
+    cue = {**metrics["measurements"][0], "what": "saliency", "threshold": 0.5}  # of another curve, which is not kept
+    (run / "metrics.json").write_text(json.dumps({**metrics, "measurements": [*metrics["measurements"], cue]}))
     page = read(run, dataset)
     fixed, oracle = json.loads((run / "metrics.json").read_text())["measurements"][:2]
     assert f"chosen {fixed['threshold']:g}" in page.text
