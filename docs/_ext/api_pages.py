@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import itertools
+import re
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -32,8 +33,8 @@ def summary(thing: object) -> str:
     """The first sentence of a docstring, in one line."""
     paragraph = (inspect.getdoc(thing) or "").split("\n\n")[0].split("\n.. ")[0]
     text = " ".join(paragraph.split())
-    end = next((i for i in range(len(text)) if text[i : i + 2] in (". ", ": ") or i == len(text) - 1), 0)
-    return text[: end + 1].rstrip(":.") + "." if text else ""
+    sentence = re.split(r"(?<!e\.g|i\.e)\. ", text)[0].rstrip(":.")
+    return f"{sentence}." if sentence else ""
 
 
 def _members(thing: type) -> list[str]:
