@@ -1,4 +1,4 @@
-"""The commands behind ``python -m recipes``: list, run, evaluate, compare, predict, copy.
+"""The commands behind ``python -m recipes``: list, run, evaluate, compare, sweep, predict, copy.
 
 A recipe is any module of this package with ``Config``, ``PRESETS`` and ``main``, the first two as a rule imported from
 :mod:`recipes.settings`; nothing is registered. A copy of one is a command of its own with the same flags, because both
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run": run,
         "evaluate": evaluate,
         "compare": compare,
+        "sweep": sweep,
         "predict": predict,
         "copy": copy,
     }
@@ -196,21 +197,125 @@ def evaluate(
         console.print(f"report: {escape(str(write_report(path, dataset)))}", soft_wrap=True, highlight=False)
 
 
-def compare(runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]) -> None:
-    """Put runs side by side: mIoU of each stage, time, memory; and say where they cannot be compared.
+def compare(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")],
+    html: Path | None = None,
+    csv: Path | None = None,
+) -> None:
+    """Put runs side by side: figures of each stage, time, memory; and say where they cannot be compared.
+
+    Where a run of `cam` with the same seed is among them, a difference in mIoU to it stands behind each figure.
 
     Args:
-        runs: run directories.
+        runs: run directories, or folders of them, such as that of a sweep.
+        html: also write a page with tables and plots to this file.
+        csv: also write every measurement to this file, a line each.
     """
-    from recipes.pipeline.tables import comparison_table, protocol_differences, read_metrics
+    from recipes.pipeline.tables import comparison_table, protocol_differences, read_metrics, run_folders
 
     if not runs:
         raise ValueError("runs: expected at least one run directory, got none")
-    found = {str(folder): read_metrics(folder) for folder in runs}
+    folders = run_folders(runs)
+    found = {str(folder): read_metrics(folder) for folder in folders}
     console = _console()
     console.print(comparison_table(found))
     for difference in protocol_differences(found):
         console.print(f"[yellow]not comparable:[/] {escape(difference)}", highlight=False)
+    if html is not None or csv is not None:
+        from recipes.pipeline.results import Results, page, record_of, table_csv, write_text
+
+        results = Results({str(folder): record_of(folder) for folder in folders})
+        for file, text in ((html, page(results, "Runs side by side")), (csv, table_csv(results))):
+            if file is not None:
+                write_text(file, text)
+                console.print(f"written: {escape(str(file))}", soft_wrap=True, highlight=False)
+
+
+def sweep(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME...|all")],
+    preset: Annotated[str, tyro.conf.arg(metavar="demo|small|paper|tiny")] = "demo",
+    seeds: tuple[int, ...] = (0,),
+    out: Path | None = None,
+    without: tuple[str, ...] = (),
+    data: str | None = None,
+    labels: str | None = None,
+    classes: str | None = None,
+    train_list: str | None = None,
+    seed_list: str | None = None,
+    val_list: str | None = None,
+    outside: str | None = None,
+    outside_list: str | None = None,
+    until: str | None = None,
+    max_steps: int | None = None,
+    workers: int | None = None,
+    accelerator: str | None = None,
+    precision: str | None = None,
+    count: tuple[Path, ...] = (),
+    dry_run: bool = False,
+) -> None:
+    """Run many recipes on the same images under the same settings, and write one page of their results.
+
+    Each run has a process of its own and a log beside its folder. `cam` is always among them: it comes first for every
+    seed, and whoever begins with the same classifier takes it over. The same command goes on where it was stopped,
+    leaves out what is finished and tries again what has failed. The exit status is 1 if any run failed.
+
+    Args:
+        names: recipes, or all.
+        preset: the settings of all of them.
+        seeds: each recipe runs once with each.
+        out: folder of the runs and of results.md, results.html, results.csv; runs/sweep-PRESET by default.
+        without: recipes that are left out of `all`.
+        data: as in `run`, like the options below.
+        labels: tags file.
+        classes: comma-separated classes.
+        train_list: list of training images.
+        seed_list: list of training images whose masks measure seeds and masks.
+        val_list: list of validation images.
+        outside: for recipes that want them, a folder of photographs without any of the classes.
+        outside_list: list of those to be used.
+        until: stop each run after this stage.
+        max_steps: cut every stage short.
+        workers: loader processes.
+        accelerator: auto, cpu or cuda.
+        precision: 32-true, 16-mixed or bf16-mixed.
+        count: folders of runs: those in them that are finished and have the same settings are not made again.
+        dry_run: only show what would be run, in which order, and what it took before.
+    """
+    from recipes.pipeline.sweep import SweepConfig, plan_sweep, plan_table, run_sweep
+
+    found = tuple(discover())
+    unknown = [name for name in without if name not in found]
+    if unknown:
+        raise ValueError(f"without: there is no {unknown[0]!r}; there are {', '.join(found)}")
+    options = {
+        "data": data,
+        "labels": labels,
+        "classes": classes,
+        "train_list": train_list,
+        "seed_list": seed_list,
+        "val_list": val_list,
+        "outside": outside,
+        "outside_list": outside_list,
+        "until": until,
+        "max_steps": max_steps,
+        "workers": workers,
+        "accelerator": accelerator,
+        "precision": precision,
+    }
+    chosen = dict.fromkeys(found if names == ("all",) else names)
+    config = SweepConfig(
+        recipes=tuple(name for name in chosen if name not in without),
+        preset=preset,
+        seeds=seeds,
+        out=out or Path("runs") / f"sweep-{preset}",
+        options={key: value for key, value in options.items() if value is not None},
+        count=count,
+    )
+    console = _console()
+    plan = plan_sweep(config, _import)
+    console.print(plan_table(config, plan))
+    if not dry_run and run_sweep(config, plan, console):
+        sys.exit(1)
 
 
 def predict(
@@ -251,8 +356,8 @@ def copy(name: Name, file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(m
     """Copy a recipe to a script of your own, to edit and run.
 
     The script imports its settings from `recipes/settings/NAME.py`. Each is a flag; a preset of your own is a line
-    below the imports, `PRESETS = {**PRESETS, "mine": replace(PRESETS["small"], ...)}`; for a setting that is not there
-    copy that file too and import yours.
+    below the imports, `PRESETS = {**PRESETS, "mine": replace(PRESETS["small"], ...)}` with the `replace` of
+    `dataclasses`; for a setting that is not there copy that file too and import yours.
 
     Args:
         name: one of those that `list` shows.

@@ -34,7 +34,7 @@ from recipes.pipeline.classification import train_classifier
 from recipes.pipeline.labels import masks_by_threshold, measure_cams, measure_masks, read_mask
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
-from recipes.pipeline.segmentation import masked_crops, pixel_loss, segment, train_segmentation
+from recipes.pipeline.segmentation import keep_network, masked_crops, pixel_loss, segment, train_segmentation
 from recipes.pipeline.segmenter import SegmentConfig, Segmenter
 from recipes.pipeline.training import Moment, fit, two_speed_groups
 from recipes.settings.reviewkd import PRESETS, Config, StudentConfig
@@ -179,6 +179,7 @@ def main(config: Config) -> dict:
     with run.stage("distil", "Student under the teacher"):
         distilled = new_student(run, config.student)
         train_student(run, distilled, teacher, config.student, "distil")
+        keep_network(run, distilled, network)
         measure_student(run, distilled, network, "distilled", "student distilled")
         weights = {"teacher": teacher, "student": distilled}
         run.record(parameters={name: sum(p.numel() for p in net.parameters()) for name, net in weights.items()})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wsss_modules._checks import check_floating, check_ndim, check_shape
-from wsss_modules.affinity import LocalAffinity, window_offsets
+from wsss_modules.affinity import LocalAffinity, local_window_mask, window_offsets
 from wsss_modules.online_labels import present_softmax
 
 __all__ = ["AffinityRandomWalk", "affinity_random_walk"]
@@ -48,8 +48,9 @@ def affinity_random_walk(
         The released code writes the window into the affinity it is given, which is left alone here.
 
     Notes:
-        A :class:`LocalAffinity` of the window and its diagonal, which is not 1, take the place of three N x N matrices
-        of the released code. Differentiable in both; computed in float32 for half precision. Compiles with
+        The released code makes three N x N matrices. Here a :class:`LocalAffinity` of the window takes their place on a
+        GPU, and on a CPU the blocks of the matrix that hold the windows of a row of cells: they have more entries than
+        the windows, but lie together. Differentiable in both; computed in float32 for half precision. Compiles with
         ``fullgraph=True``.
 
     Example:
@@ -68,11 +69,10 @@ def affinity_random_walk(
     _check_options(radius, power, eps)
     dtype = torch.promote_types(torch.promote_types(x.dtype, affinity.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        near = LocalAffinity.from_dense(affinity, size, offsets=window_offsets(radius)).to(dtype).power(power)
         itself = affinity.diagonal(dim1=1, dim2=2).to(dtype).pow(power).view(-1, 1, *size)
-        maps = x.to(dtype)
-        both = torch.cat([maps, torch.ones_like(itself)], 1)  # the sums of weights walk along
-        moved = near.matvec(both) + (itself - 1) * both  # LocalAffinity has a diagonal of ones
+        both = torch.cat([x.to(dtype), torch.ones_like(itself)], 1)  # the sums of weights walk along
+        to_others = _moved_by_rows if x.device.type == "cpu" else _moved_by_offsets
+        moved = itself * both + to_others(both, affinity, radius, power)
         return (moved[:, :-1] / (moved[:, -1:] + eps)).to(x.dtype)
 
 
@@ -128,6 +128,32 @@ class AffinityRandomWalk(nn.Module):
     def extra_repr(self) -> str:
         """Show the options."""
         return f"radius={self.radius}, power={self.power}, eps={self.eps}, backgrounds={self.backgrounds}"
+
+
+def _moved_by_offsets(x: Tensor, affinity: Tensor, radius: int, power: float) -> Tensor:
+    """What cells get from the others in their windows, (B, C, h, w), by a product with a `LocalAffinity`."""
+    size = (x.shape[2], x.shape[3])
+    near = LocalAffinity.from_dense(affinity, size, offsets=window_offsets(radius)).to(x.dtype).power(power)
+    return near.matvec(x) - x  # it has a diagonal of ones
+
+
+def _moved_by_rows(x: Tensor, affinity: Tensor, radius: int, power: float) -> Tensor:
+    """The same by two products for each row of cells, with those in the rows of its windows below."""
+    height, width = x.shape[2:]
+    cells = x.flatten(2)
+    total = torch.zeros_like(cells)
+    near = local_window_mask((1, width), radius, device=x.device)  # (w, w)
+    later = torch.cat([near.triu(1), near.repeat(1, min(radius, height))], 1)  # in its own row only those to the right
+    # taken apart at once: the gradient of a slice would be as large as the matrix for each row
+    for row, pairs in enumerate(affinity.unflatten(1, (height, width)).unbind(1)):
+        own, below = ((row * width, rows * width) for rows in (1, min(height - row, radius + 1)))  # starts and lengths
+        block = pairs.narrow(2, *below).to(x.dtype)  # (B, w, rows w)
+        read = later[:, : block.shape[2]]
+        read = read if power >= 1 else read & (block > 0)  # the slope of smaller powers at 0 is infinite
+        weight = torch.where(read, block, 0.0).pow(power)
+        total.narrow(2, *below).add_(cells.narrow(2, *own) @ weight)
+        total.narrow(2, *own).add_(cells.narrow(2, *below) @ weight.mT)
+    return total.view(x.shape)
 
 
 def _check_options(radius: int, power: float, eps: float) -> None:

@@ -374,7 +374,7 @@ class MultiClassTokenOutput(NamedTuple):
 
     @property
     def logits(self) -> Tensor:
-        """(B, K) scores to decide by: the mean of both kinds."""
+        """The scores to decide by, (B, K), the mean of both kinds."""
         return self.class_logits if self.patch_logits is None else (self.class_logits + self.patch_logits) / 2
 
 

@@ -73,6 +73,16 @@ class Measurement:
         """Whether ground truth took part in choosing the threshold: the figure is an upper bound, not a result."""
         return self.threshold_from.startswith("oracle")
 
+    @property
+    def mean_precision(self) -> float:
+        """Mean of ``precision`` over the classes that were predicted, background included; nan without any."""
+        return _mean(self.precision.values())
+
+    @property
+    def mean_recall(self) -> float:
+        """Mean of ``recall`` over the classes that occur, background included; nan without any."""
+        return _mean(self.recall.values())
+
     def to_dict(self) -> dict[str, Any]:
         """As plain types for ``metrics.json``; nan becomes None, which JSON can hold."""
         return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
@@ -383,6 +393,11 @@ def _check_cam(
 
 def _percent(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.where(whole > 0, 100.0 * part / np.maximum(whole, 1), np.nan)
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _spread(count: Callable[[Sequence[str]], Any], names: Sequence[str], workers: int) -> Iterable[Any]:

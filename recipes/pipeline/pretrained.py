@@ -49,6 +49,7 @@ def save_pretrained(
     told = {
         "format": 1,
         "network": {key: value for key, value in asdict(config).items() if key != "schedule"},
+        "shape": {"depth": network.depth, "decoder_channels": network.decoder_channels},
         "classes": list(classes),
         "palette_index": list(map(int, palette_index)),
         **notes,
@@ -75,9 +76,9 @@ def from_pretrained(folder: Path) -> Pretrained:
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in told["network"].items()}
         config = SegmentConfig(**{**options, "weights": "random", "frozen_stages": 0})
         classes, palette = tuple(told["classes"]), tuple(told["palette_index"])
+        network = Segmenter(config, 1 + len(classes), **told.get("shape", {}))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG}: not the configuration of a network of this version ({error})") from error
-    network = Segmenter(config, 1 + len(classes))
     _load(network.net, folder / WEIGHTS)
     return Pretrained(network.eval(), config, classes, palette)
 

@@ -63,7 +63,8 @@ from recipes.pipeline.tables import (
 
 __all__ = ["Example", "finish", "machine", "picture", "repeat_command", "write_report"]
 
-PANEL_SIDE = 300  # pixels of the longer side; two rows of ten images stay well under 4 MB
+PANEL_SIDE = 300  # pixels of the longer side
+EXAMPLES = 16  # images of a split
 RANKED_IMAGES = 400  # at most so many images are measured one by one to find the best and the worst
 SPLITS = {"seed": "training images with masks", "val": "validation images"}
 TITLES = {
@@ -135,7 +136,7 @@ def write_report(run_dir: str | Path, dataset: ImageSet) -> Path:
 def finish(run: Run) -> dict[str, Any]:
     """The end of every recipe: write the report, print the table of results, give the metrics back."""
     if run.fabric.global_rank == 0:
-        run.record(machine=machine())
+        run.record(machine=machine(), finished=True)
         write_report(run.folder, run.dataset)
         print_summary(run.metrics, run.folder, run.console)
     run.fabric.barrier()
@@ -228,6 +229,7 @@ def _flag(key: str, value: Any) -> list[str]:
 class _Card:
     name: str
     note: str
+    iou: float | None  # of the image, where it was ranked
     panels: list[tuple[str, str]]  # caption, data URI
 
 
@@ -252,9 +254,12 @@ def _gallery(folder: Path, dataset: ImageSet, split: str) -> _Gallery | None:
     if not made:
         return None
     ranked = _rank(kinds[subject], dataset, made)
-    chosen = _choose(ranked, made)
+    ious = {name: iou for iou, name in ranked}
     seen: set[int] = set()
-    cards = [_card(kinds, dataset, name, note, subject, seen) for name, note in chosen]
+    cards = [
+        _Card(name, note, ious.get(name), _panels(kinds, dataset, name, subject, seen))
+        for name, note in _choose(ranked, made)
+    ]
     colours = _css_colours(len(dataset.classes))
     ranking = ""
     if ranked:
@@ -278,28 +283,29 @@ def _rank(files: Mapping[str, Path], dataset: ImageSet, names: Sequence[str]) ->
 
 
 def _choose(ranked: Sequence[tuple[float, str]], names: Sequence[str]) -> list[tuple[str, str]]:
-    """Up to ten (name, why): the best, the median and the worst, then some drawn with a fixed seed."""
+    """Up to `EXAMPLES` (name, why): the best, the median and the worst, then some drawn with a fixed seed."""
     chosen: dict[str, str] = {}
-    middle = len(ranked) // 2
+    some, middle = EXAMPLES // 5, len(ranked) // 2
     for why, part in (
-        ("best", ranked[::-1][:2]),
-        ("median", ranked[max(0, middle - 1) : middle + 1]),
-        ("worst", ranked[:2]),
+        ("best", ranked[::-1][:some]),
+        ("median", ranked[max(0, middle - some // 2) : middle - some // 2 + some]),
+        ("worst", ranked[:some]),
     ):
         for score, name in part:
             chosen.setdefault(name, f"{why}, {score:.1f}")
     scores = {name: score for score, name in ranked}
     for index in np.random.default_rng(0).permutation(len(names)):
-        if len(chosen) >= min(10, len(names)):
+        if len(chosen) >= min(EXAMPLES, len(names)):
             break
         name = names[index]
         chosen.setdefault(name, f"random, {scores[name]:.1f}" if name in scores else "random")
     return list(chosen.items())
 
 
-def _card(
-    kinds: Mapping[str, Mapping[str, Path]], dataset: ImageSet, name: str, note: str, subject: str, seen: set[int]
-) -> _Card:
+def _panels(
+    kinds: Mapping[str, Mapping[str, Path]], dataset: ImageSet, name: str, subject: str, seen: set[int]
+) -> list[tuple[str, str]]:
+    """(caption, picture) of an image: the photograph, the CAM of each class, masks, truth, errors."""
     colours = class_colours(len(dataset.classes))
     image = np.asarray(dataset.image(name))
     size = fit_within(PANEL_SIDE, image)
@@ -309,8 +315,11 @@ def _card(
     if name in kinds["cam"]:
         with np.load(kinds["cam"][name]) as stored:
             keys, cam = stored["keys"].tolist(), stored["cam"]
-        present = ", ".join(dataset.classes[key - 1] for key in keys)
-        panels.append((f"CAM: {present}", cam_overlay(image, resize_cam(cam, size))))
+        small_cam = resize_cam(cam, size)
+        if len(keys) != 1:
+            panels.append((f"CAM: {'strongest of all' if keys else 'no class'}", cam_overlay(image, small_cam)))
+        for place, key in enumerate(keys):
+            panels.append((f"CAM: {dataset.classes[key - 1]}", cam_overlay(image, small_cam[place : place + 1])))
     maps = {kind: load_mask(kinds[kind][name], dataset.palette_index) for kind in TITLES if name in kinds[kind]}
     maps |= {} if truth is None else {"truth": truth}
     small = {kind: resize_mask(mask, size) for kind, mask in maps.items()}
@@ -318,7 +327,7 @@ def _card(
     seen.update(k for mask in small.values() for k in np.unique(mask).tolist() if 0 < k < 255)
     if subject in small and "truth" in small:
         panels.append((f"errors of the {TITLES[subject]}", error_map(image, small[subject], small["truth"])))
-    return _Card(name, note, [(caption, _data_uri(panel)) for caption, panel in panels])
+    return [(caption, _data_uri(panel)) for caption, panel in panels]
 
 
 def _data_uri(panel: np.ndarray) -> str:
@@ -339,6 +348,13 @@ class _Line:
     name: str
     points: Sequence[tuple[float, float]]
     faint: bool = False
+
+
+@dataclass(frozen=True)
+class _Mark:
+    x: float
+    y: float
+    oracle: bool
 
 
 def _loss_charts(folder: Path, order: Sequence[str]) -> list[tuple[str, Markup]]:
@@ -378,9 +394,10 @@ def _threshold_sweep(measured: Sequence[Measurement]) -> _Sweep | None:
     marks, notes = [], []
     for m in measured:
         if m.threshold is not None and math.isfinite(m.miou):
-            marks.append((m.threshold, m.miou))
-            where = m.threshold_from if m.oracle else "fixed beforehand"
-            notes.append(f"{m.what}, {SPLITS.get(m.split, m.split)}: {percent(m.miou)} at {m.threshold:g} ({where})")
+            marks.append(_Mark(m.threshold, m.miou, m.oracle))
+            sign, where = ("○", m.threshold_from) if m.oracle else ("●", "chosen, fixed beforehand")
+            what = f"{sign} {m.what}, {SPLITS.get(m.split, m.split)}"
+            notes.append(f"{what}: {percent(m.miou)} at {m.threshold:g} ({where})")
     return _Sweep(_chart(lines, "background threshold", "mIoU, %", marks, width=640), notes)
 
 
@@ -388,11 +405,14 @@ def _chart(
     lines: Sequence[_Line],
     x_label: str,
     y_label: str,
-    marks: Sequence[tuple[float, float]] = (),
+    marks: Sequence[_Mark] = (),
     width: int = 400,
     height: int = 230,
 ) -> Markup:
-    """A line chart as SVG. Each line takes the page's next series colour; a faint one shares that of the line after."""
+    """A line chart as SVG. Each line takes the page's next series colour; a faint one shares that of the line after.
+
+    Marks are points with a dashed line down to the axis: full where a threshold was chosen, hollow for an oracle.
+    """
     points = [p for line in lines for p in line.points if math.isfinite(p[1])]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(0.0, *ys), max(ys))
@@ -424,8 +444,24 @@ def _chart(
             parts.append(f'<text class="axis s{colour}" x="{legend}" y="12">{escape(line.name)}</text>')
             legend += 7 * len(line.name) + 20
         colour += not line.faint
-    parts += ['<circle class="mark" cx="{}" cy="{}" r="3.5"/>'.format(*at(min(max(x, x0), x1), y)) for x, y in marks]
+    parts += _marked([(mark, *at(min(max(mark.x, x0), x1), mark.y)) for mark in marks], height - bottom, width)
     return Markup("".join([*parts, "</svg>"]))  # every text in it went through escape
+
+
+def _marked(placed: Sequence[tuple[_Mark, float, float]], floor: float, width: int) -> list[str]:
+    """Points, a line from the highest of each threshold to the axis, and its name above the axis."""
+    parts = []
+    for row, (oracle, x) in enumerate(dict.fromkeys((mark.oracle, x) for mark, x, _ in placed)):
+        at = [(mark, y) for mark, across, y in placed if (mark.oracle, across) == (oracle, x)]
+        kind = "pole oracle" if oracle else "pole"
+        parts.append(f'<line class="{kind}" x1="{x}" x2="{x}" y1="{min(y for _, y in at)}" y2="{floor}"/>')
+        away, anchor = (5, "start") if x < 0.75 * width else (-5, "end")
+        word = f"{'oracle' if oracle else 'chosen'} {at[0][0].x:g}"
+        height = floor - 7 - 13 * row
+        parts.append(f'<text class="{kind}" x="{x + away:g}" y="{height:g}" text-anchor="{anchor}">{word}</text>')
+    for mark, x, y in placed:
+        parts.append(f'<circle class="{"mark oracle" if mark.oracle else "mark"}" cx="{x}" cy="{y}" r="4"/>')
+    return parts
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -17,7 +17,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,11 +74,14 @@ class RunConfig:
     """Take so many steps, or images, in every stage, with random weights: proves a preset at its real shapes."""
     reuse: Path | None = None
     """Finished run whose classifier (and CAMs, where they are the plain ones) is taken over if its settings agree."""
+    share: Path | None = None
+    """Like reuse, but what does not agree is made anew instead of being refused."""
     until: str | None = None
     """Stop after this stage (classify, cams, masks, ...); the same command without it goes on from there."""
 
 
-IDENTITY_FIELDS_LEFT_OUT = ("out", "workers", "devices", "nodes", "accelerator", "reuse", "until")
+IDENTITY_FIELDS_LEFT_OUT = ("out", "workers", "devices", "nodes", "accelerator", "reuse", "share", "until")
+ORIGIN = ("data", "labels", "classes", "train_list", "seed", "max_steps")  # of a classifier
 
 
 class StoppedEarly(Exception):
@@ -269,8 +272,13 @@ def start(recipe: str, config: RunConfig, takes: Sequence[str] = ("classify", "c
         _open_folder(folder, recipe, config)
     fabric.barrier()
     run = Run(recipe, config, fabric, dataset, folder)
-    if config.reuse is not None and fabric.global_rank == 0:
-        _take_over(run, config.reuse, takes)
+    if fabric.global_rank == 0:
+        if run.path("metrics.json").exists():
+            run.record(finished=False)
+        if config.reuse is not None:
+            _take_over(run, config.reuse, takes)
+        elif config.share is not None:
+            _share(run, config.share, takes)
     fabric.barrier()
     return run
 
@@ -304,32 +312,31 @@ def _open_folder(folder: Path, recipe: str, config: RunConfig) -> None:
         left_over.unlink()
     file, wanted = folder / "config.yaml", {"recipe": recipe, **settings(config)}
     if file.exists():
-        found = _read_settings(file)
-        differing = sorted(
-            key
-            for key in wanted.keys() | found.keys()
-            if key not in IDENTITY_FIELDS_LEFT_OUT and wanted.get(key) != found.get(key)
-        )
+        differing = differing_settings(_read_settings(file), wanted)
         if differing:
-            told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
+            told = "; ".join(differing)
             raise ValueError(f"out: {folder} holds a run with other settings ({told}); give another --out or remove it")
     with replacing(file, "w") as out:
         yaml.safe_dump(wanted, out, sort_keys=False)
+
+
+def differing_settings(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], keys: Iterable[str] | None = None
+) -> list[str]:
+    """Where two ``config.yaml`` differ, a few words a setting; by default in what makes them those of two runs."""
+    if keys is None:
+        keys = sorted((wanted.keys() | found.keys()) - set(IDENTITY_FIELDS_LEFT_OUT))
+    differing = [key for key in keys if wanted.get(key) != found.get(key)]
+    return [f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in differing]
 
 
 def _take_over(run: Run, source: Path, takes: Sequence[str]) -> None:
     """Link what the stages ``takes`` left in ``source`` into ``run`` if it was made with the same settings."""
     if not takes:
         raise ValueError(f"reuse: {run.recipe} trains no plain classifier, so there is nothing to take over")
-    file = source / "config.yaml"
-    if not file.exists():
-        raise ValueError(f"reuse: expected a run folder with config.yaml, got {source}")
-    found, wanted = _read_settings(file), settings(run.config)
-    keys = ("data", "labels", "classes", "train_list", "seed", "max_steps", *takes)
-    differing = [key for key in keys if found.get(key) != wanted.get(key)]
-    if differing:
-        told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in differing)
-        raise ValueError(f"reuse: the classifier of {source} was made with other settings ({told})")
+    told = _differing(run, source, (*ORIGIN, *takes))
+    if told:
+        raise ValueError(f"reuse: the classifier of {source} was made with other settings ({'; '.join(told)})")
     needed, found_too = [source / "checkpoints" / "classify.pt"], [source / "curves" / "classify.jsonl"]
     if "cams" in takes:
         needed += [source / "cam" / f"{name}.npz" for name in run.train]
@@ -344,7 +351,31 @@ def _take_over(run: Run, source: Path, takes: Sequence[str]) -> None:
             os.link(file, target)
     with reading(source / "metrics.json"):
         stages = json.loads((source / "metrics.json").read_text())["stages"]
-    run.record(stages={name: stages[name] for name in takes if name in stages}, reused=str(source))
+    taken = {name: stages[name] for name in takes if name in stages}
+    run.record(stages=taken, reused=str(source), taken=list(taken))
+
+
+def _share(run: Run, source: Path, takes: Sequence[str]) -> None:
+    """:func:`_take_over` of the first stages whose settings agree; says what is made anew."""
+    if not takes:
+        return
+    taken: list[str] = []
+    told = _differing(run, source, ORIGIN)
+    for stage in takes:
+        told = told or _differing(run, source, (stage,))
+        if told:
+            run.console.print(f"  {stage} is made anew, not that of {source}: {'; '.join(told)}", highlight=False)
+            break
+        taken.append(stage)
+    if taken:
+        _take_over(run, source, taken)
+
+
+def _differing(run: Run, source: Path, keys: Sequence[str]) -> list[str]:
+    file = source / "config.yaml"
+    if not file.exists():
+        raise ValueError(f"reuse: expected a run folder with config.yaml, got {source}")
+    return differing_settings(_read_settings(file), settings(run.config), keys)
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

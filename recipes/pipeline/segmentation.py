@@ -32,13 +32,10 @@ def segmentation_from_masks(
 ) -> None:
     """Train on the masks in ``folder``; segment and measure the val images, or without any the training images.
 
-    The network is kept in ``model/``, for :func:`recipes.pipeline.pretrained.from_pretrained`.
+    The network is kept, see :func:`keep_network`.
     """
     network = train_segmentation(run, lambda name: read_mask(run, name, folder), config, start_from=start_from)
-    if run.fabric.global_rank == 0:
-        save_pretrained(
-            run.folder / "model", network, config, run.dataset.classes, run.dataset.palette_index, recipe=run.recipe
-        )
+    keep_network(run, network, config)
     measure_segmentation(run, network, config)
 
 
@@ -48,6 +45,14 @@ def measure_segmentation(run: Run, network: Segmenter, config: SegmentConfig) ->
     measure_masks(run, "segmentation", "segmentation")
     if config.crf:
         measure_masks(run, "segmentation_crf", "segmentation+crf")
+
+
+def keep_network(run: Run, network: Segmenter, config: SegmentConfig) -> None:
+    """Write a trained network to ``model/``, for :func:`recipes.pipeline.pretrained.from_pretrained`."""
+    if run.fabric.global_rank == 0:
+        save_pretrained(
+            run.folder / "model", network, config, run.dataset.classes, run.dataset.palette_index, recipe=run.recipe
+        )
 
 
 def train_segmentation(

@@ -99,6 +99,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, config: SegmentConfig, num_classes: int, *, depth: int = 5, decoder_channels: int = 256) -> None:
         super().__init__()
+        self.depth, self.decoder_channels = depth, decoder_channels
         self.encoder: nn.Module
         if config.architecture == "deeplabv3plus":
             self.net = smp.DeepLabV3Plus(
@@ -111,7 +112,8 @@ class Segmenter(nn.Module):
             )
             self.encoder = self.net.encoder
             body = self.encoder.model
-            cut_off(body)
+            if depth < 5:
+                cut_off(body)
             load_weights(body, config.encoder, config.weights)
             freeze_stages(body, config.frozen_stages)
             self.head_modules = [self.net.decoder, self.net.segmentation_head]

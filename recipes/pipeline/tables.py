@@ -29,6 +29,23 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+def run_folders(places: Iterable[Path]) -> list[Path]:
+    """The run directories among ``places``, and those in the folders among them that are none themselves.
+
+    Raises:
+        FileNotFoundError: one that neither is nor holds a run directory.
+    """
+    found = []
+    for place in places:
+        inside = (
+            [place] if (place / "metrics.json").is_file() else sorted(f.parent for f in place.glob("*/metrics.json"))
+        )
+        if not inside:
+            raise FileNotFoundError(f"{place}: expected a run directory with metrics.json, found none")
+        found += inside
+    return found
+
+
 def measurements(metrics: Mapping[str, Any]) -> list[Measurement]:
     """The measurements of a ``metrics.json``."""
     return [Measurement.from_dict(values) for values in metrics.get("measurements", [])]
@@ -75,39 +92,94 @@ def class_table(measured: Sequence[Measurement]) -> Table:
 
 
 def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Runs (name to metrics) in rows; mIoU of everything measured, time and peak memory in columns.
+    """Runs (name to metrics) in rows; everything measured, time and peak memory in columns.
 
-    An oracle stands in its own words below the figure at the fixed threshold, which is the one that counts.
+    Behind a mIoU stands its difference to that of the plain CAM (see :class:`Comparison`), below it the means of
+    precision and recall. An oracle stands in its own words below the figure at the fixed threshold, the one that
+    counts.
     """
-    measured = {name: measurements(metrics) for name, metrics in runs.items()}
-    columns = sorted({(m.what, m.split) for ms in measured.values() for m in ms}, key=_order)
+    comparison = Comparison(runs)
+    columns = comparison.columns
     table = _table()
     table.add_column("run")
     for what, split in columns:
         table.add_column(f"{escape(what)}\n[dim]on {escape(split)}[/]", justify="right")
-    table.add_column("time", justify="right")
-    table.add_column("peak memory", justify="right")
+    for title in ("time", "processor", "peak memory"):
+        table.add_column(title, justify="right")
 
-    def figure(name: str, column: tuple[str, str], oracle: bool) -> float:
-        return next((m.miou for m in measured[name] if ((m.what, m.split), m.oracle) == (column, oracle)), math.nan)
-
-    tops = {c: max((figure(n, c, False) for n in runs if figure(n, c, False) >= 0), default=math.nan) for c in columns}
+    figures = {(name, column): comparison.value(name, column) for name in runs for column in columns}
+    tops = {c: max((figures[n, c] for n in runs if figures[n, c] >= 0), default=math.nan) for c in columns}
     for name, metrics in runs.items():
         cells = [escape(name)]
         for column in columns:
-            miou, oracle = figure(name, column, False), figure(name, column, True)
-            text = percent(miou)
-            text = f"[bold]{text}[/]" if len(runs) > 1 and miou == tops[column] else text
-            cells.append(text if math.isnan(oracle) else f"{text}\n[dim]oracle {percent(oracle)}[/]")
+            miou, fixed = figures[name, column], comparison.get(name, column)
+            text = f"[bold]{percent(miou)}[/]" if len(runs) > 1 and miou == tops[column] else percent(miou)
+            lines = [text + bracketed(comparison.difference(name, column))]
+            if fixed is not None:
+                lines.append(f"[dim]P {percent(fixed.mean_precision)} R {percent(fixed.mean_recall)}[/]")
+            oracle = comparison.get(name, column, oracle=True)
+            if oracle is not None:
+                lines.append(f"[dim]oracle {percent(oracle.miou)}[/]")
+            cells.append("\n".join(lines))
         stages = metrics.get("stages", {})
-        table.add_row(*cells, duration(total_seconds(stages)), f"{peak_mb(stages):,.0f} MB")
+        busy = processor_seconds(stages)
+        cells += [duration(total_seconds(stages)), "-" if busy is None else duration(busy)]
+        table.add_row(*cells, f"{peak_mb(stages):,.0f} MB")
     return table
+
+
+class Comparison:
+    """The measurements of several runs, and how far each is from the plain CAM.
+
+    A run is compared with that of ``cam`` whose classifier it took over, or else with one of the same seed; where that
+    one has not measured the same thing, with another of the same seed.
+
+    Args:
+        runs: name or folder -> what is in its metrics.json.
+    """
+
+    def __init__(self, runs: Mapping[str, Mapping[str, Any]]) -> None:
+        self.runs = runs
+        self.measured = {name: measurements(metrics) for name, metrics in runs.items()}
+
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        """(what, split) of everything measured, in the order of the stages."""
+        return sorted({(m.what, m.split) for measured in self.measured.values() for m in measured}, key=_order)
+
+    def get(self, name: str, column: tuple[str, str], oracle: bool = False) -> Measurement | None:
+        """A measurement of one run."""
+        found = (m for m in self.measured[name] if ((m.what, m.split), m.oracle) == (column, oracle))
+        return next(found, None)
+
+    def value(self, name: str, column: tuple[str, str], of: str = "miou") -> float:
+        """``miou``, ``mean_precision`` or ``mean_recall`` at the fixed threshold; nan where it was not measured."""
+        found = self.get(name, column)
+        return math.nan if found is None else float(getattr(found, of))
+
+    def plain(self, name: str, column: tuple[str, str]) -> str | None:
+        """The run of ``cam`` that ``name`` is compared with; None for one of ``cam``, or where there is none."""
+        own = self.runs[name]
+        if own.get("recipe") == "cam":
+            return None
+        reused = Path(own.get("reused") or "").name
+        found = [
+            other
+            for other, metrics in self.runs.items()
+            if (metrics.get("recipe"), metrics.get("seed")) == ("cam", own.get("seed")) and self.get(other, column)
+        ]
+        return min(found, key=lambda other: (Path(other).name != reused, other), default=None)
+
+    def difference(self, name: str, column: tuple[str, str]) -> float:
+        """How far the mIoU of ``name`` is above that of its plain run; nan without one."""
+        plain = self.plain(name, column)
+        return math.nan if plain is None else self.value(name, column) - self.value(plain, column)
 
 
 def protocol_differences(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """One sentence for every condition of a measurement that is not the same in all runs (name to metrics)."""
     for key in ("data", "classes"):
-        values = {name: metrics.get(key) for name, metrics in runs.items()}
+        values = {name: metrics[key] for name, metrics in runs.items() if key in metrics}
         if len({str(value) for value in values.values()}) > 1:
             yield f"{key}: " + _each(values)
     measured = {name: measurements(metrics) for name, metrics in runs.items()}
@@ -135,6 +207,12 @@ def total_seconds(stages: Mapping[str, Mapping[str, float]]) -> float:
     return sum(stage["seconds"] for stage in stages.values())
 
 
+def processor_seconds(stages: Mapping[str, Mapping[str, float]]) -> float | None:
+    """Processor time of all stages; None if it was not recorded of each."""
+    busy = [stage.get("cpu_seconds") for stage in stages.values()]
+    return None if None in busy else sum(seconds for seconds in busy if seconds is not None)
+
+
 def peak_mb(stages: Mapping[str, Mapping[str, float]]) -> float:
     """Largest peak memory of a stage."""
     return max((stage["peak_mb"] for stage in stages.values()), default=0.0)
@@ -143,6 +221,11 @@ def peak_mb(stages: Mapping[str, Mapping[str, float]]) -> float:
 def percent(value: float) -> str:
     """One decimal; a dash for nan, which stands for what does not occur."""
     return "-" if math.isnan(value) else f"{value:.1f}"
+
+
+def bracketed(difference: float) -> str:
+    """A difference with its sign, in brackets behind a figure; nothing for nan."""
+    return "" if math.isnan(difference) else f" ({round(difference, 1) + 0.0:+.1f})"  # not -0.0
 
 
 def duration(seconds: float) -> str:

@@ -7,9 +7,8 @@ python -m tests.benchmarks.bench_l2g [--grid 28] [--features 4096] [--classes 20
 matrix; forward, and forward and backward with gradients of features, classifier and keys. ``winner`` is the target of a
 batch of crops without saliency, normalisation included, against a sort of all channels and a one-hot matrix of the
 pixels, from maps that are normalised already; ``target`` is that with saliency, normalisation on both sides.
-``reading`` compares `crop_align` with torchvision's kernel
-where that is installed. Values, and gradients where there are some, are compared first; nothing is reported if they
-differ.
+``reading`` compares `crop_align` with torchvision's kernel where that is installed. Values, and gradients where there
+are some, are compared first; nothing is reported if they differ.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tests.benchmarks.bench_ppc import compare, with_gradients, without
 from tests.benchmarks.harness import Timing, report
@@ -34,7 +32,7 @@ def correlation(grid: int, channels: int, classes: int, repeat: int, device: str
     direction = torch.rand(1, 1 + classes, grid, grid, device=device)
 
     def ours() -> Tensor:
-        own = F.conv2d(features, weight)
+        own = torch.einsum("kd,bdhw->bkhw", weight.flatten(1), features)
         return own + pixel_correlation(own, keys)
 
     def released() -> Tensor:

@@ -5,8 +5,9 @@ python -m tests.benchmarks.bench_nsrom [--height 375] [--width 500] [--square 30
 
 ``dilation`` is of one picture, by running sums, by two maxima along rows and columns, and by the maximum over the
 square. ``reasoning`` is a training step of the unit, forward and backward, at the published sizes: batches of 5 images
-of 256 pixels at stride 8. Values, and gradients where there are some, are compared first; nothing is reported if they
-differ.
+of 256 pixels at stride 8. Arithmetic sets it a bound of 1.8: 98,000 multiplications and additions a cell for 180,000,
+three times that with the backward pass; what both forms read and write of the size of the map comes on top. Values, and
+gradients where there are some, are compared first; nothing is reported if they differ.
 """
 
 from __future__ import annotations

@@ -4,7 +4,10 @@ python -m tests.benchmarks.bench_ppc [--batch 8] [--grid 16] [--features 128] [-
                                      [--chunk 128 256] [--threads 1] [--repeat 5] [--device cpu] [--json FILE]
 
 ``denominators`` are those of one view's intra-view term, without gradients. The released code gathers (P, C, D)
-prototypes for them (``gathered``) and draws some for each pixel that it never uses. ``contrast`` is the whole loss with
+prototypes for them (``gathered``) and draws some for each pixel that it never uses (``released``). At the default sizes
+ours are a product of 5.5 million multiplications and additions, a fifth of the time, and one selection of 13 of 21
+logits a pixel, more than half of it, which no other operation of torch does faster: twenty times as fast is within
+reach of the released form, not always of the gathered one. ``contrast`` is the whole loss with
 given prototypes and draws, forward and backward.
 ``correlation`` is of one image at stride 8, forward, and forward and backward with gradients of the keys.
 Values, and gradients where there are some, are compared first; nothing is reported if they differ.

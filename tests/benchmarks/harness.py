@@ -21,6 +21,9 @@ from statistics import median
 import psutil
 import torch
 
+SHORTEST = 0.2
+"""Seconds that the timed calls take together at least."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -51,7 +54,7 @@ class _PeakRSS(threading.Thread):
 
 
 def measure(name: str, call: Callable[[], object], repeat: int = 5, device: str = "cpu") -> Timing:
-    """Run ``call`` once for memory, then ``repeat`` times for the median time."""
+    """Run ``call`` once for memory, then ``repeat`` times, short ones more often, for the median time."""
     gc.collect()
     _return_freed_memory()
     if device == "cuda":
@@ -66,8 +69,8 @@ def measure(name: str, call: Callable[[], object], repeat: int = 5, device: str 
         sampler.start()
         call()
         peak = sampler.stop()
-    seconds = []
-    for _ in range(repeat):
+    seconds: list[float] = []
+    while len(seconds) < repeat or sum(seconds) < SHORTEST:
         start = time.perf_counter()
         call()
         if device == "cuda":

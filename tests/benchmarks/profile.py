@@ -91,8 +91,8 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", required=True, help="in their order")
     parser.add_argument("--rate", type=int, default=50, help="samples a second")
     parser.add_argument("--note", default="", help="a condition to name in the table, e.g. what else ran")
-    parser.add_argument("flags", nargs="*", help="of the recipe, after --")
-    options = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, flags = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     if shutil.which("py-spy") is None:
         parser.error("py-spy is not installed: pip install py-spy")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -108,7 +108,7 @@ def main() -> None:
     stored["conditions"] = conditions
     STORED.mkdir(parents=True, exist_ok=True)
     for stage in options.stages:
-        stored["stages"][stage] = profile(options.recipe, stage, options.flags, options.rate)
+        stored["stages"][stage] = profile(options.recipe, stage, flags, options.rate)
         print(f"{stage}: {stored['stages'][stage]['seconds']:.0f} s", flush=True)
         file.write_text(json.dumps(stored, indent=1) + "\n")
         (DOCS / "profiles.md").write_text(page())

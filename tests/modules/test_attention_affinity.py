@@ -21,6 +21,7 @@ from wsss_modules import (
     query_key,
     window_offsets,
 )
+from wsss_modules.attention_walk import _moved_by_offsets, _moved_by_rows
 
 seeds = st.integers(0, 1000)
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 5))
@@ -143,6 +144,20 @@ def test_walk_is_the_product_with_the_matrix(seed: int, size: tuple[int, int], r
     expected = dense_walk(x, affinity, loop_window(size, radius), eps=eps)
     torch.testing.assert_close(affinity_random_walk(x, affinity, radius=radius, eps=eps), expected)
     assert torch.equal(affinity, before)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_walk_by_rows_is_the_walk_by_offsets(power: float) -> None:
+    x = torch.rand(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    affinity = affinities((4, 5))
+    affinity[:, 0, 1] = 0  # where the slope of the root is infinite
+    affinity.requires_grad_()
+    found = []
+    for moved in (_moved_by_rows, _moved_by_offsets):
+        out = moved(x, affinity, 1, power)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (x, affinity))))
+    torch.testing.assert_close(*found)
+    assert all(bool(values.isfinite().all()) for values in found[0])
 
 
 def test_walk_over_the_identity_only_shrinks() -> None:

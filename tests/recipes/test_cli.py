@@ -402,11 +402,28 @@ def test_compare_shows_runs_in_rows(run, tmp_path, capsys):
     assert main(["compare", str(run), str(second)]) == 0
     told = rows(capsys.readouterr().out)
     fixed, oracle, mask, segmentation = (percent(m.miou) for m in recorded(run))
-    assert told[:2] == ["seed mask segmentation", "run on seed on seed on val time peak memory"]
-    assert f"{run} {fixed} {mask} {segmentation} 1 min 45 s 1,024 MB" in told
-    assert f"{second} {fixed} 91.2 - 4.0 s 2,000 MB" in told
+    assert told[:2] == ["seed mask segmentation", "run on seed on seed on val time processor peak memory"]
+    assert f"{run} {fixed} {mask} {segmentation} 1 min 45 s - 1,024 MB" in told
+    assert f"{second} {fixed} 91.2 - 4.0 s - 2,000 MB" in told
+    rates = [f"P {percent(m.mean_precision)} R {percent(m.mean_recall)}" for m in recorded(run) if not m.oracle]
+    assert told.count(" ".join(rates)) == 1
+    assert told.count(" ".join(rates[:2])) == 1
     assert told.count(f"oracle {oracle}") == 2
     assert not any("not comparable" in row for row in told)
+
+
+def test_compare_says_how_far_a_run_is_from_the_plain_cam(run, tmp_path, capsys):
+    (tmp_path / "runs" / "cam").mkdir(parents=True)
+    plain = change(run, 2, miou=recorded(run)[2].miou - 10, iou={})
+    (tmp_path / "runs" / "cam" / "metrics.json").write_text(json.dumps({**plain, "recipe": "cam"}))
+    run.rename(tmp_path / "runs" / "toy")
+    files = ["--html", str(tmp_path / "page.html"), "--csv", str(tmp_path / "out" / "all.csv")]
+    main(["compare", str(tmp_path / "runs"), *files])  # a folder of runs
+    told = rows(capsys.readouterr().out)
+    assert any(row.startswith(f"{tmp_path / 'runs' / 'toy'} ") and "(+10.0)" in row for row in told)
+    assert f"written: {tmp_path / 'page.html'}" in told
+    assert "(+10.0)" in (tmp_path / "page.html").read_text()
+    assert len((tmp_path / "out" / "all.csv").read_text().splitlines()) == 1 + 2 * 4
 
 
 def test_compare_marks_the_best_of_a_column(run):

@@ -41,8 +41,9 @@ def size_of(path: Path) -> tuple[int, int]:
         return picture.size
 
 
-def test_the_network_comes_back_as_it_was(tmp_path: Path) -> None:
-    network = Segmenter(CONFIG, 3).eval()
+@pytest.mark.parametrize("shape", [{}, {"depth": 4, "decoder_channels": 16}], ids=["whole", "student"])
+def test_the_network_comes_back_as_it_was(tmp_path: Path, shape: dict[str, int]) -> None:
+    network = Segmenter(CONFIG, 3, **shape).eval()
     save_pretrained(tmp_path, network, CONFIG, CLASSES, PALETTE, recipe="cam")
     found = from_pretrained(tmp_path)
     images = torch.rand(1, 3, 32, 48)

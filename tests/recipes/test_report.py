@@ -22,7 +22,7 @@ from rich.console import Console
 from recipes.pipeline import report
 from recipes.pipeline.evaluation import Measurement
 from recipes.pipeline.report import finish, repeat_command, write_report
-from recipes.pipeline.run import save_mask, settings
+from recipes.pipeline.run import save_arrays, save_mask, settings
 from recipes.pipeline.tables import duration, percent
 from tests.recipes.synthetic import install_toy, make_dataset, make_run
 
@@ -53,7 +53,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.words.append(data)
 
 
@@ -77,7 +77,8 @@ def test_report_needs_nothing_but_itself(run, dataset):
     assert "url(" not in html
     assert "@import" not in html
     for tag, attributes in page.tags:
-        assert tag not in ("script", "link", "iframe", "object")
+        assert tag not in ("link", "iframe", "object")
+        assert tag != "script" or not attributes
         assert attributes.get("src", "data:").startswith("data:image/webp;base64,") or tag != "img"
         assert not {"href", "srcset", "xlink:href"} & attributes.keys()
     assert len(html) < 8e6
@@ -117,6 +118,44 @@ def test_report_shows_each_image_with_cam_mask_truth_and_errors(run, dataset):
     ]
     assert {alt[-8:] for alt, _ in page.pictures} == {f"photo {n:02d}" for n in range(12)}
     assert "errors of the segmentation of photo 09" in {alt for alt, _ in page.pictures}
+
+
+def test_report_shows_the_cam_of_each_class(run, dataset):
+    height, width = dataset.size("photo 00")
+    cam = np.zeros((2, height, width), np.float16)
+    cam[0, :, :20], cam[1, :, 40:] = 1, 1
+    save_arrays(run / "cam" / "photo 00.npz", keys=np.array([1, 2]), cam=cam)
+    pictures = dict(read(run, dataset).pictures)
+    assert [alt for alt in pictures if alt.startswith("CAM") and alt.endswith("photo 00")] == [
+        "CAM: strongest of all of photo 00",
+        "CAM: cat of photo 00",
+        "CAM: cow & calf of photo 00",
+    ]
+    assert len({source for alt, source in pictures.items() if alt.startswith("CAM") and "photo 00" in alt}) == 3
+
+
+def test_report_sorts_cards_by_the_iou_they_show(run, dataset):
+    page = read(run, dataset)
+    shown = dict(re.findall(r"(photo \d\d) \w+, ([\d.]+)", page.text))
+    cards = [attributes["data-iou"] for _, attributes in page.tags if attributes.get("class") == "card"]
+    assert len(cards) == 12
+    assert sorted(f"{float(iou):.1f}" for iou in cards) == sorted(shown.values())
+    lists = {attributes["id"] for _, attributes in page.tags if attributes.get("id", "").startswith("cards-")}
+    bars = [attributes for _, attributes in page.tags if attributes.get("class") == "sort"]
+    assert [bar["data-of"] for bar in bars] == ["cards-1", "cards-2"]
+    assert {bar["data-of"] for bar in bars} == lists
+    assert all("hidden" in bar for bar in bars)  # until the script runs
+
+
+def test_report_marks_the_chosen_threshold_and_the_oracle(run, dataset):
+    page = read(run, dataset)
+    fixed, oracle = json.loads((run / "metrics.json").read_text())["measurements"][:2]
+    assert f"chosen {fixed['threshold']:g}" in page.text
+    assert f"oracle {oracle['threshold']:g}" in page.text
+    marks = [attributes["class"] for tag, attributes in page.tags if tag == "circle"]
+    assert marks == ["mark", "mark oracle"]
+    poles = {a["class"]: float(a["x1"]) for tag, a in page.tags if tag == "line" and "pole" in a["class"]}
+    assert (poles["pole"] < poles["pole oracle"]) == (fixed["threshold"] < oracle["threshold"])
 
 
 def test_report_ranks_images_by_their_own_iou(run, dataset):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -92,14 +93,14 @@ def box_seed_probability(
     area, pixels = int(inside.sum()), inside.numel()
     if area == 0:
         return x
-    rank = int(area * (1 - theta))  # among all pixels, of which those outside the box are 0 and come last
-    value = x[inside].kthvalue(area - rank).values if rank < area else x.new_zeros(())
-    x = (x / (value + 1e-8)).clamp(0, 1)
     rows, columns = inside.any(1), inside.any(0)
-    radius = int(blur[0] + blur[1] * math.sqrt(area / pixels))
-    vertical, horizontal = (_gaussian_band(side, radius, keep) for side, keep in ((size[0], rows), (size[1], columns)))
     top, left = int(rows.nonzero()[0, 0]), int(columns.nonzero()[0, 0])
     bottom, right = top + int(rows.sum()), left + int(columns.sum())
+    rank = int(area * (1 - theta))  # among all pixels, of which those outside the box are 0 and come last
+    value = _value_at_rank(x[top:bottom, left:right].flatten(), rank) if rank < area else x.new_zeros(())
+    x = (x / (value + 1e-8)).clamp(0, 1)
+    radius = int(blur[0] + blur[1] * math.sqrt(area / pixels))
+    vertical, horizontal = (_gaussian_band(side, radius, keep) for side, keep in ((size[0], rows), (size[1], columns)))
     out = torch.zeros_like(x)
     out[top:bottom, left:right] = vertical @ x[top:bottom, left:right] @ horizontal.T
     return _normalized(out, stretch)
@@ -466,6 +467,14 @@ def _normalized(x: Tensor, stretch: bool) -> Tensor:
     low, high = x.min(), x.max()
     span = high - low if stretch else high
     return torch.where(span > 0, (x - low) / torch.where(span > 0, span, 1.0), 0.0)
+
+
+def _value_at_rank(values: Tensor, rank: int) -> Tensor:
+    """The value (scalar) that ``rank`` of the values (n,) come before, from the largest on; without gradient."""
+    values, place = values.detach(), len(values) - 1 - rank
+    if values.device.type == "cpu":  # numpy's selection carries no indices along
+        return torch.from_numpy(np.partition(values.numpy(), place))[place]
+    return values.kthvalue(1 + place).values
 
 
 def _gaussian_band(side: int, radius: int, keep: Tensor) -> Tensor:

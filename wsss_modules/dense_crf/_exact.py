@@ -15,7 +15,7 @@ CHUNK_BYTES = 64 * 2**20  # of the (L, N) weights that are held at once
 
 
 class ExactGaussian:
-    """Sums over points weighted by exp(-|f_i - f_j|^2 / 2), the self term included, symmetrically normalised.
+    """Sums over points weighted by ``exp(-|f_i - f_j|^2 / 2)``, the self term included, symmetrically normalised.
 
     Args:
         features: (B, N, F) float32 or float64, in units of their deviations. Treated as constant.

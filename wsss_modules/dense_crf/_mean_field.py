@@ -23,7 +23,7 @@ from wsss_modules.kernels.backend import Backend
 class CRFParameters:
     """What a dense CRF is made of: two Gaussian kernels under a Potts model, and a number of mean-field steps.
 
-    A kernel is exp(-|f_i - f_j|^2 / 2) of features in units of their deviations. A weight of 0 drops its kernel.
+    A kernel is ``exp(-|f_i - f_j|^2 / 2)`` of features in units of their deviations. A weight of 0 drops its kernel.
 
     Attributes:
         iterations: mean-field steps; 0 gives softmax(-unary).

@@ -25,6 +25,31 @@ OPTIONS = {**BLOCKS, "num_warps": 8}  # with 4, exact products of float32 would 
 
 
 @triton.jit
+def products(
+    left_ptr,  # (C, N)
+    right_ptr,  # (C, N)
+    i,  # (BLOCK_I,)
+    j,  # (BLOCK_J,)
+    n_channels,
+    n_pixels,
+    BLOCK_C: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products (BLOCK_I, BLOCK_J) of the vectors on the left at pixels i with those on the right at pixels j."""
+    total = tl.zeros((BLOCK_I, BLOCK_J), dtype=tl.float32)
+    in_i, in_j = i < n_pixels, j < n_pixels
+    for first in range(0, n_channels, BLOCK_C):
+        c = (first + tl.arange(0, BLOCK_C)).to(tl.int64)
+        in_c = c < n_channels
+        left = tl.load(left_ptr + c[None, :] * n_pixels + i[:, None], mask=in_i[:, None] & in_c[None, :], other=0)
+        right = tl.load(right_ptr + c[:, None] * n_pixels + j[None, :], mask=in_c[:, None] & in_j[None, :], other=0)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def sums_kernel(
     x_ptr,  # (B, C, N)
     k_ptr,  # (B, E, N)
@@ -50,13 +75,7 @@ def sums_kernel(
     for first in range(0, n_pixels, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
         in_i = i < n_pixels
-        a = tl.zeros((BLOCK_I, BLOCK_J), dtype=tl.float32)
-        for first_key in range(0, n_keys, BLOCK_E):
-            e = (first_key + tl.arange(0, BLOCK_E)).to(tl.int64)
-            in_e = e < n_keys
-            k_i = tl.load(keys + e[None, :] * n_pixels + i[:, None], mask=in_i[:, None] & in_e[None, :], other=0)
-            k_j = tl.load(keys + e[:, None] * n_pixels + j[None, :], mask=in_e[:, None] & in_j[None, :], other=0)
-            a = tl.dot(k_i, k_j, a, input_precision=PRECISION)
+        a = products(keys, keys, i, j, n_keys, n_pixels, BLOCK_E, BLOCK_I, BLOCK_J, PRECISION)
         a = tl.maximum(a, 0)
         at = c.to(tl.int64)[:, None] * n_pixels + i[None, :]
         x_i = tl.load(maps + at, mask=in_c[:, None] & in_i[None, :], other=0).to(tl.float32)
@@ -93,21 +112,8 @@ def keys_gradient_kernel(
     for first in range(0, n_pixels, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
         in_i = i < n_pixels
-        a = tl.zeros((BLOCK_I, BLOCK_J), dtype=tl.float32)
-        for first_key in range(0, n_keys, BLOCK_E):
-            e = (first_key + tl.arange(0, BLOCK_E)).to(tl.int64)
-            in_e = e < n_keys
-            k_i = tl.load(keys + e[None, :] * n_pixels + i[:, None], mask=in_i[:, None] & in_e[None, :], other=0)
-            k_j = tl.load(keys + e[:, None] * n_pixels + j[None, :], mask=in_e[:, None] & in_j[None, :], other=0)
-            a = tl.dot(k_i, k_j, a, input_precision=PRECISION)
-        slope = tl.zeros((BLOCK_I, BLOCK_J), dtype=tl.float32)
-        for first_side in range(0, n_sides, BLOCK_E):
-            s = (first_side + tl.arange(0, BLOCK_E)).to(tl.int64)
-            in_s = s < n_sides
-            at_i, at_j = sides + s[None, :] * n_pixels + i[:, None], sides + s[:, None] * n_pixels + j[None, :]
-            u_i = tl.load(u_ptr + at_i, mask=in_i[:, None] & in_s[None, :], other=0)
-            v_j = tl.load(v_ptr + at_j, mask=in_s[:, None] & in_j[None, :], other=0)
-            slope = tl.dot(u_i, v_j, slope, input_precision=PRECISION)
+        a = products(keys, keys, i, j, n_keys, n_pixels, BLOCK_E, BLOCK_I, BLOCK_J, PRECISION)
+        slope = products(u_ptr + sides, v_ptr + sides, i, j, n_sides, n_pixels, BLOCK_E, BLOCK_I, BLOCK_J, PRECISION)
         slope = tl.where(a > 0, slope, 0.0)
         at = o.to(tl.int64)[:, None] * n_pixels + i[None, :]
         k_o = tl.load(keys + at, mask=in_o[:, None] & in_i[None, :], other=0).to(tl.float32)

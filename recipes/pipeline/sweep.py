@@ -1,0 +1,389 @@
+"""Many recipes on one data set under one budget, each run in a process of its own, and the page of what came out.
+
+A run is what ``python -m recipes run`` makes of its command, so a sweep adds nothing to it but the order: the plain CAM
+of a seed first, whose classifier the others share, then whatever makes what a third one needs. What is on disk says
+how far a sweep is; nothing else is kept. Two sweeps over the same folder share the work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import recipes
+from recipes.pipeline.data import ImageSet, load_dataset
+from recipes.pipeline.report import repeat_command
+from recipes.pipeline.results import PLAIN, Results, markdown, page, record_of, table_csv, wants_saliency, write_text
+from recipes.pipeline.run import differing_settings, settings
+from recipes.pipeline.tables import duration, processor_seconds, total_seconds
+
+CUES = "c2am"  # learns saliency maps for those that need some, where the data set has none
+LISTS = ("classes", "labels", "train_list", "val_list", "seed_list")
+RECORDS = Path(recipes.__path__[0]).parent / "docs" / "data"
+WAIT = 5.0  # seconds between looks at what another sweep is running
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What is to be run: ``recipes`` with ``preset`` and each of ``seeds``, in folders under ``out``.
+
+    ``options`` are flags that all runs get which know them; finished runs of the same settings in the folders ``count``
+    are not made again.
+    """
+
+    recipes: tuple[str, ...]
+    preset: str
+    seeds: tuple[int, ...]
+    out: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+    count: tuple[Path, ...] = ()
+
+
+@dataclass(eq=False)
+class Planned:
+    """One run of a sweep.
+
+    Attributes:
+        name: RECIPE-sSEED.
+        recipe: its recipe.
+        folder: where it is or will be.
+        settings: what its config.yaml says.
+        share: the run of the plain CAM with the same seed; None for this one itself.
+        needs: the run whose saliency maps it reads.
+        state: finished, begun, new, or refused because the folder holds another run.
+        note: why it is refused, or where it counts from.
+    """
+
+    name: str
+    recipe: str
+    folder: Path
+    settings: dict[str, Any]
+    share: Planned | None = None
+    needs: Planned | None = None
+    state: str = "new"
+    note: str = ""
+
+    @property
+    def command(self) -> str:
+        """The command line of the run."""
+        return repeat_command(self.settings)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds this run, finished, by now."""
+        return _state(self.folder, self.settings)[0] == "finished"
+
+
+def plan_sweep(config: SweepConfig, load: Callable[[str], ModuleType]) -> list[Planned]:
+    """All runs in the order in which they are made.
+
+    Args:
+        config: what is asked for.
+        load: name of a recipe to its module.
+
+    Raises:
+        ValueError: no recipes or seeds, an unknown preset, bad data, or no images from outside for a recipe that needs
+            some.
+    """
+    if not config.recipes or not config.seeds:
+        raise ValueError("names: expected at least one recipe and one seed")
+    modules = {name: load(name) for name in (PLAIN, *config.recipes)}
+    for name, module in modules.items():
+        if config.preset not in module.PRESETS:
+            raise ValueError(f"preset: {name} has {', '.join(module.PRESETS)}, but no {config.preset!r}")
+    data = config.options.get("data", modules[PLAIN].PRESETS[config.preset].data)
+    dataset = load_dataset(data, **{key: config.options.get(key) for key in LISTS})
+    dataset.check()
+    asked = {name: _settings(name, module, config) for name, module in modules.items()}
+    missing = _missing(dataset, asked)
+    for name, found in asked.items():
+        if "outside" in found and found["outside"] is None and not dataset.out_of_distribution:
+            raise ValueError(
+                f"outside: {name} wants photographs that show none of the classes, and {dataset.name} has none: give "
+                "--outside FOLDER, or leave it out"
+            )
+    if "saliency" in missing and CUES not in asked:
+        modules[CUES] = load(CUES)
+        asked[CUES] = _settings(CUES, modules[CUES], config)
+    elsewhere = [
+        (file.parent, yaml.safe_load(file.read_text()))
+        for place in config.count
+        for file in sorted(place.glob("*/config.yaml"))
+    ]
+    first = [name for name in (PLAIN, CUES) if name in asked]
+    plan = []
+    for seed in config.seeds:
+        made: dict[str, Planned] = {}
+        for name in (*first, *(name for name in asked if name not in first)):
+            run = made[name] = _planned(name, modules[name], config, seed, made, missing)
+            run.state, run.note = _state(run.folder, run.settings)
+            if run.state == "new":
+                _count(run, elsewhere)
+        plan += made.values()
+    return plan
+
+
+def _settings(name: str, module: ModuleType, config: SweepConfig, **changes: Any) -> dict[str, Any]:
+    """The settings of a run, with those options and changes that its recipe knows."""
+    known = {entry.name for entry in dataclasses.fields(module.Config)}
+    given = {key: value for key, value in {**config.options, **changes}.items() if key in known}
+    made = dataclasses.replace(module.PRESETS[config.preset], preset=config.preset, **given)
+    return {"recipe": name, **settings(made)}
+
+
+def _missing(dataset: ImageSet, asked: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Of saliency and boxes, what a recipe wants and the data set does not have for each training image."""
+    missing = set()
+    if any(map(wants_saliency, asked.values())) and any(dataset.saliency(name) is None for name in dataset.train):
+        missing.add("saliency")
+    if any("boxes" in found for found in asked.values()) and any(dataset.boxes(n) is None for n in dataset.train):
+        missing.add("boxes")
+    return missing
+
+
+def _planned(
+    name: str, module: ModuleType, config: SweepConfig, seed: int, made: Mapping[str, Planned], missing: set[str]
+) -> Planned:
+    changes: dict[str, Any] = {"seed": seed, "out": config.out / f"{name}-s{seed}"}
+    plain, needs = made.get(PLAIN), None
+    if plain is not None:
+        changes["share"] = plain.folder
+    if "boxes" in missing:
+        changes["boxes"] = "components_of_masks"
+    if "saliency" in missing and wants_saliency(_settings(name, module, config)):
+        needs = made[CUES]
+        changes["saliency"] = str(needs.folder)
+    found = _settings(name, module, config, **changes)
+    return Planned(f"{name}-s{seed}", name, changes["out"], found, plain, needs)
+
+
+def _count(run: Planned, elsewhere: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
+    """Let a finished run of the same settings, of those at hand with their settings, stand for ``run``."""
+    for folder, found in elsewhere:
+        alike = (found.get("recipe"), found.get("seed")) == (run.recipe, run.settings.get("seed"))
+        if alike and _state(folder, run.settings)[0] == "finished":
+            run.folder, run.state, run.note = folder, "finished", f"in {folder}"
+            return
+
+
+def _state(folder: Path, wanted: Mapping[str, Any]) -> tuple[str, str]:
+    """(state, note) of a run in ``folder``: a run that went further than ``wanted`` is finished too."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return "new", ""
+    found = yaml.safe_load(file.read_text())
+    differing = differing_settings(found, wanted)
+    if differing:
+        return "refused", f"{folder} holds a run with other settings: {'; '.join(differing)}"
+    kept = folder / "metrics.json"
+    metrics = json.loads(kept.read_text()) if kept.is_file() else {}
+    whole = metrics.get("finished", "machine" in metrics)  # runs of before this was recorded ended with their machine
+    return ("finished" if whole and found.get("until") in (None, wanted.get("until")) else "begun"), ""
+
+
+# Before: what it will take.
+
+
+def plan_table(config: SweepConfig, plan: Sequence[Planned]) -> Table:
+    """The runs in order with what they took before: of the processor, and by the clock."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold", show_footer=True)
+    known = _known_costs(config)
+    costs = {run.name: known.get(run.recipe) for run in plan if run.state != "finished"}
+    sums = [sum(cost[i] for cost in costs.values() if cost is not None) for i in (0, 1)]
+    unknown = sum(cost is None for cost in costs.values())
+    table.add_column("", justify="right")
+    table.add_column("run", footer=f"{len(costs)} of {len(plan)} to make")
+    table.add_column("state")
+    for title, total in zip(("processor", "by the clock"), sums, strict=True):
+        table.add_column(title, justify="right", footer=duration(total))
+    table.add_column("", footer=f"{unknown} not made before, not in the sum" if unknown else "as runs took before")
+    for place, run in enumerate(plan, 1):
+        cost = costs.get(run.name)
+        told = ("-", "-") if cost is None else tuple(map(duration, cost))
+        note = run.note or (f"saliency of {run.needs.name}" if run.needs else "")
+        colour = {"finished": "green", "refused": "red"}.get(run.state, "default")
+        table.add_row(str(place), run.name, f"[{colour}]{run.state}[/]", *told, f"[dim]{escape(note)}[/]")
+    return table
+
+
+def _known_costs(config: SweepConfig) -> dict[str, tuple[float, float]]:
+    """Recipe -> median seconds (processor, clock) of the finished runs with this preset, without what they took over.
+
+    Looked for in the sweep itself, in the folders that count and in the records of the documentation.
+    """
+    files = [*RECORDS.glob("*/*.json")]
+    for place in (config.out, *config.count):
+        files += place.glob("*/metrics.json")
+    found: dict[str, list[tuple[float, float]]] = {}
+    for file in files:
+        metrics = json.loads(file.read_text())
+        preset = metrics.get("preset") or metrics.get("command", "").partition("--preset ")[2].partition(" ")[0]
+        if preset != config.preset or "machine" not in metrics:
+            continue
+        taken = metrics.get("taken") or (["classify"] if metrics.get("reused") else [])
+        own = {stage: costs for stage, costs in metrics["stages"].items() if stage not in taken}
+        clock = total_seconds(own)
+        found.setdefault(metrics["recipe"], []).append((processor_seconds(own) or clock, clock))
+    return {
+        recipe: (statistics.median(cpu for cpu, _ in costs), statistics.median(clock for _, clock in costs))
+        for recipe, costs in found.items()
+    }
+
+
+# The runs.
+
+
+def run_sweep(
+    config: SweepConfig,
+    plan: Sequence[Planned],
+    console: Console,
+    launch: Callable[[Sequence[str], Path], int] | None = None,
+) -> dict[str, str]:
+    """Make the runs that are not finished, and write the page after each.
+
+    Args:
+        config: what was asked for.
+        plan: what :func:`plan_sweep` gives.
+        console: told what is run, and what failed.
+        launch: (words of the command, log) -> exit status; by default a process whose output goes to the log.
+
+    Returns:
+        Name of each run that failed -> why; their logs say more.
+    """
+    launch = launch or run_logged
+    config.out.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+    waiting, passed_over = deque(run for run in plan if run.state != "finished"), 0
+    while waiting:
+        run = waiting.popleft()
+        needs = [other for other in (run.share, run.needs) if other is not None]
+        with _alone(config.out / f"{run.name}.lock") as alone:
+            if not alone or any(other in waiting for other in needs):  # another sweep is at it
+                waiting.append(run)
+                passed_over += 1
+                if passed_over >= len(waiting):
+                    time.sleep(WAIT)
+                    passed_over = 0
+                continue
+            passed_over = 0
+            if not run.finished:
+                place = f"{len(plan) - len(waiting)}/{len(plan)}"
+                log = f"{time.strftime('%H:%M')}  {config.out / run.name}.log"
+                console.print(f"[bold]{place}  {run.name}[/]  [dim]{escape(log)}[/]", highlight=False, soft_wrap=True)
+                why = _make(config, run, launch)
+                if why:
+                    failed[run.name] = why
+                    console.print(f"  [red]failed:[/] {escape(why)}", highlight=False, soft_wrap=True)
+        write_page(config, plan, failed)
+    write_page(config, plan, failed)
+    console.print(f"results: {escape(str(config.out / 'results.html'))}", soft_wrap=True, highlight=False)
+    return failed
+
+
+def _make(config: SweepConfig, run: Planned, launch: Callable[[Sequence[str], Path], int]) -> str:
+    """Make one run; returns why it failed."""
+    run.state, run.note = _state(run.folder, run.settings)
+    if run.state == "refused":
+        return f"{run.note}; give another --out or remove it"
+    if run.needs is not None and not run.needs.finished:
+        return f"it reads the saliency maps of {run.needs.name}, which is not finished"
+    if run.share is not None and not run.share.finished:
+        run.settings["share"] = None
+    log = config.out / f"{run.name}.log"
+    before = log.stat().st_size if log.exists() else 0
+    status = launch([sys.executable, *shlex.split(run.command)[1:]], log)
+    if status == 0 and run.finished:
+        return ""
+    text = log.read_bytes()[before:].decode(errors="replace") if log.exists() else ""
+    return _last_words(text, status)
+
+
+def _last_words(text: str, status: int) -> str:
+    """What a log says of a failure: the message of bad input, or the last line, which is that of a traceback."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
+    words = told[-1] if told else ""
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+        return f"killed by {name}{hint}{f'; last: {words}' if words else ''}"
+    return words or f"exit status {status}"
+
+
+def run_logged(words: Sequence[str], log: Path) -> int:
+    """Run a command with its output appended to ``log``; it ends with this process. Returns the exit status."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    with log.open("ab") as out:
+        # The lock of the run is open in the process too: it is held until that ends, even if this one is killed.
+        before = signal.signal(signal.SIGTERM, stop)
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, close_fds=False
+        )
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+                process.kill()
+                process.wait()
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[bool]:
+    """Whether no other process holds ``file``; if so it is held while the block runs."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, where two sweeps must not share a folder
+        yield True
+        return
+    with file.open("a") as held:
+        os.set_inheritable(held.fileno(), True)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+# After: the page.
+
+
+def write_page(config: SweepConfig, plan: Sequence[Planned], failed: Mapping[str, str]) -> None:
+    """Write results.md, results.html, results.csv and the plots of all runs that are finished."""
+    runs = {run.name: {**record_of(run.folder), "command": run.command} for run in plan if run.finished}
+    systems = list(dict.fromkeys(run.recipe for run in plan))
+    results = Results(runs, systems, failed)
+    data = next(iter(runs.values()))["data"] if runs else config.options.get("data", "demo")
+    title = f"{len(systems)} systems on {data}, preset {config.preset}"
+    plots = results.plots()
+    for name, svg in plots.items():
+        write_text(config.out / name, svg)
+    write_text(config.out / "results.md", "\n".join([f"# {title}\n", *markdown(results, list(plots))]))
+    write_text(config.out / "results.html", page(results, title))
+    write_text(config.out / "results.csv", table_csv(results))

@@ -1,0 +1,73 @@
+"""Taking over another run's classifier, checked on files alone."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from recipes import cam
+from recipes.pipeline.cams import CamConfig
+from recipes.pipeline.run import Run, start
+
+TINY = replace(cam.PRESETS["tiny"], preset="tiny", accelerator="cpu")
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """The files of a finished plain run, with nothing in them."""
+    folder = tmp_path / "cam-s0"
+    run = start("cam", replace(TINY, out=folder))
+    run.record(stages={stage: {"seconds": 3.0, "peak_mb": 1.0} for stage in ("classify", "cams", "masks")})
+    for file in ("checkpoints/classify.pt", "curves/classify.jsonl", *(f"cam/{name}.npz" for name in run.train)):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(file)
+    return folder
+
+
+def begin(folder: Path, plain: Path, takes: tuple[str, ...] = ("classify", "cams"), **changes: object) -> Run:
+    return start("other", replace(TINY, out=folder, share=plain, **changes), takes)
+
+
+def test_share_takes_what_agrees(plain: Path, tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", plain)
+    assert run.path("checkpoints/classify.pt").samefile(plain / "checkpoints/classify.pt")
+    assert len(list(run.path("cam").iterdir())) == len(run.train)
+    assert run.metrics["reused"] == str(plain)
+    assert run.metrics["taken"] == list(run.metrics["stages"]) == ["classify", "cams"]
+
+
+def test_share_leaves_the_cams_where_only_they_differ(plain: Path, tmp_path: Path, capsys) -> None:
+    run = begin(tmp_path / "run", plain, cams=CamConfig(scales=(3.0,)))
+    assert run.path("checkpoints/classify.pt").exists()
+    assert not run.path("cam").exists()
+    assert run.metrics["taken"] == ["classify"]
+    assert "cams is made anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 1}, {"classify": replace(TINY.classify, crop=96)}, {"takes": ()}],
+    ids=["seed", "classifier", "recipe without one"],
+)
+def test_share_takes_nothing_of_another_classifier(plain: Path, tmp_path: Path, changes: dict) -> None:
+    run = begin(tmp_path / "run", plain, **changes)
+    assert not run.path("checkpoints").exists()
+    assert "reused" not in run.metrics
+
+
+def test_share_wants_a_finished_run(plain: Path, tmp_path: Path) -> None:
+    (plain / "checkpoints/classify.pt").unlink()
+    with pytest.raises(ValueError, match="cam-s0 is not finished, 1 files are missing"):
+        begin(tmp_path / "run", plain)
+
+
+def test_another_share_is_the_same_run(plain: Path, tmp_path: Path) -> None:
+    begin(tmp_path / "run", plain)
+    run = start("other", replace(TINY, out=tmp_path / "run"))
+    assert run.metrics["taken"] == ["classify", "cams"]
+
+
+def test_a_run_that_is_gone_on_with_is_not_finished(tmp_path: Path) -> None:
+    run = start("cam", replace(TINY, out=tmp_path / "run"))
+    run.record(finished=True)
+    assert start("cam", replace(TINY, out=tmp_path / "run")).metrics["finished"] is False
