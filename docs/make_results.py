@@ -99,9 +99,9 @@ Of the systems that train the classifier differently, all on the same backbone, 
   of dogs 68 against 60, of every class at least as high), and more of what is beside them: at the fixed threshold it
   is two points below the plain CAM, at the best one (0.33) one point. Its own threshold in the paper is searched on
   the masks of the training images. Starting from ImageNet, with cells of 32 pixels, it had 43.0. The walk (at AEFT's
-  exponents, 2 and 21 for the confident areas, 19 for the background that walks along) makes 61.2 of them, 4 below what
-  RW makes of the plain CAMs of `cam-s0`, by spreading too far: recall of cats, dogs and people 97, 90 and 85 % at a precision of
-  54, 57 and 33 %. A weaker exponent of the background was not tried, since only masks could tell.
+  exponents, 2 and 21 for the confident areas, 19 for the background that walks along) makes 61.2 of them, 4 below
+  what RW makes of the plain CAMs of `cam-s0`, by spreading too far: recall of cats, dogs and people 97, 90 and 85 %
+  at a precision of 54, 57 and 33 %. A weaker exponent of the background was not tried, since only masks could tell.
 - `occse` ends below the classifier that judges it (recall of cows and dogs 55 and 51 % against 65 and 60), so that
   the maps did not grow. The judge's loss ended at 0.6, which says that the classes erased were mostly still seen; 405
   steps are a fiftieth of the published 20,000, at higher learning rates. Whether that is the reason was not tested.
