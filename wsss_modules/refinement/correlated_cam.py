@@ -95,7 +95,7 @@ class PixelCorrelationCAMHead(nn.Module):
     def forward(self, features: Tensor, low: Tensor, high: Tensor, images: Tensor) -> PixelCorrelationCAMOutput:
         """Classify the pixels, let those that look alike vote, and average, see the class."""
         check_sides(features, low, high, images, (self.classifier, self.low, self.high))
-        # a product, not the layer, whose gradients take twice as long on a CPU
+        # a product: at 4096 channels the layer and its gradients take 1.4 times as long on a CPU
         own = torch.einsum("kd,bdhw->bkhw", self.classifier.weight.flatten(1), features)
         keys = on_grid_of(features, (images, self.low(low.detach()), self.high(high.detach())))
         scores = own + self.correlation(own, keys)
