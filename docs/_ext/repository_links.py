@@ -25,7 +25,8 @@ def rewrite(app: Sphinx, page: str, text: str, base: Path) -> str:
             return f"[{label}]({os.path.relpath(docs / file.name.lower(), here)}{anchor})"
         if file.suffix == ".py" and file.parent.name == "recipes" and (docs / "systems" / f"{file.stem}.md").exists():
             return f"[{label}]({os.path.relpath(docs / 'systems' / f'{file.stem}.md', here)})"
-        return label if label.strip("`") == target or not file.exists() else f"{label} (`{target}` of the repository)"
+        inside = os.path.relpath(file, docs.parent)  # a file or folder that the site does not have
+        return f"`{inside}`" if label.strip("`") in (inside, target) else f"{label} (`{inside}` of the repository)"
 
     return _LINK.sub(replace, text)
 
