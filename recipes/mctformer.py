@@ -48,6 +48,13 @@ __all__ = ["PRESETS", "Config", "main"]
 MODES = ("fused", "patchcam", "mct")
 
 
+def check_mode(config: MCTConfig) -> None:
+    if config.variant == "v1" and config.mode not in ("auto", "mct"):
+        raise ValueError(
+            f'mct.mode: expected "mct" or "auto" for v1, without maps of patches, got {config.mode!r}'
+        )
+
+
 def build(run: Run, config: Config) -> tuple[TokenTrunk, MultiClassTokenViT]:
     """The encoder with a token for each class and without its last norm, section 3.2."""
     classes, plus = len(run.dataset.classes), config.mct.variant == "plus"
@@ -124,6 +131,7 @@ def write_seeds(run: Run, trunk: TokenTrunk, model: MultiClassTokenViT, config: 
 
 
 def main(config: Config) -> dict:
+    check_mode(config.mct)
     run = start("mctformer", config, takes=())
 
     with run.stage("classify", "Class tokens and patches from tags"):

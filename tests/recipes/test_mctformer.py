@@ -100,3 +100,11 @@ def test_views_of_whole_cells_cover_the_image_and_stretched_maps_go_from_0_to_1(
     middle = stored.cam.shape[2] // 2
     assert stored.cam[..., middle].max() < 0.05
     assert stored.cam[..., [0, -1]].min() > 0.9
+
+
+def test_v1_has_no_maps_of_patches_and_says_so_before_it_trains(tmp_path: Path) -> None:
+    preset = mctformer.PRESETS["tiny"]
+    config = replace(preset, out=tmp_path / "run", mct=replace(preset.mct, variant="v1", mode="patchcam"))
+    with pytest.raises(ValueError, match="mct.mode: expected .* for v1"):
+        mctformer.main(config)
+    assert not config.out.exists()
