@@ -64,8 +64,8 @@ def hierarchical_context_loss(
 
     Notes:
         Averages are linear, so that only the difference of the maps is averaged, over the windows of all levels in one
-        product. No second derivative. Computed in float32 for half precision. Compiles with
-        ``fullgraph=True``. Under DDP the mean over processes with equal batches is that of one process.
+        product. No second derivative, nor transforms of ``torch.func``. Computed in float32 for half precision.
+        Compiles with ``fullgraph=True``. Under DDP the mean over processes with equal batches is that of one process.
 
     Example:
         >>> import torch
@@ -347,6 +347,7 @@ class ReviewKDLoss(nn.Module):
 def _stage_cost(student: Tensor, teacher: Tensor, levels: Sequence[int], decay: float, reduction: Reduction) -> Tensor:
     """Weighted mean of the squared distances of one stage at full resolution and at the levels, reduced."""
     s, t = at_least_float32(student), at_least_float32(teacher)
+    s, t = (x.to(torch.promote_types(s.dtype, t.dtype)) for x in (s, t))
     counted = [level for level in levels if level < s.shape[2]]
     shares = [decay**i for i in range(1, 1 + len(counted))]
     windows = torch.cat([s.new_zeros(0, s.shape[2] * s.shape[3]), *(_windows(s, level) for level in counted)])

@@ -65,6 +65,18 @@ def test_the_height_alone_decides_which_levels_count(height: int, weights: float
     torch.testing.assert_close(hierarchical_context_loss(s, one), hcl_loop([s], [one]))
 
 
+@pytest.mark.parametrize("student", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("teacher", [torch.float32, torch.float64])
+def test_student_and_teacher_may_differ_in_precision(student: torch.dtype, teacher: torch.dtype) -> None:
+    x, y = torch.rand(2, 3, 8, 8, dtype=torch.float64).to(student), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    loss = hierarchical_context_loss([x.requires_grad_()], [y.to(teacher)])
+    expected = hierarchical_context_loss([x.detach().double()], [y.to(teacher).double()])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)  # measured: 3.1e-4, a float16 student's own rounding
+    loss.backward()
+    assert x.grad is not None
+    assert x.grad.dtype == student
+
+
 def test_hcl_of_a_list_is_the_sum_of_its_stages() -> None:
     students, teachers = ([draw(b, 3, 6, 9, seed=s + b) for b in (2, 1)] for s in (0, 10))
     alone = [hierarchical_context_loss(s, t) for s, t in zip(students, teachers, strict=True)]

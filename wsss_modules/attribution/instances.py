@@ -470,11 +470,14 @@ def _normalized(x: Tensor, stretch: bool) -> Tensor:
 
 
 def _value_at_rank(values: Tensor, rank: int) -> Tensor:
-    """The value (scalar) that ``rank`` of the values (n,) come before, from the largest on; without gradient."""
-    values, place = values.detach(), len(values) - 1 - rank
-    if values.device.type == "cpu":  # numpy's selection carries no indices along
-        return torch.from_numpy(np.partition(values.numpy(), place))[place]
-    return values.kthvalue(1 + place).values
+    """The value (scalar) that ``rank`` of the values (n,) come before, from the largest on."""
+    place = len(values) - 1 - rank
+    if values.device.type != "cpu":
+        return values.kthvalue(1 + place).values
+    plain = values.detach()  # numpy's selection is faster, since it carries no indices along
+    found = torch.from_numpy(np.partition(plain.numpy(), place))[place]
+    same = (plain == found).nonzero()  # none if it is not a number
+    return values[same[0, 0]] if len(same) else found
 
 
 def _gaussian_band(side: int, radius: int, keep: Tensor) -> Tensor:
