@@ -151,7 +151,7 @@ def write_labels(run: Run, config: Config, saliency: Callable[[str], np.ndarray]
         return edam_pseudo_label(cam, salient, keys=keys, threshold=config.threshold, **options)[0]
 
     write_masks(run, run.train, lambda name: label(name, refine=False))
-    refine_masks(run, True, lambda name: label(name, refine=True))
+    refine_masks(run, config.mask_crf or saliency is None, lambda name: label(name, refine=True))
 
 
 def main(config: Config) -> dict:

@@ -38,7 +38,7 @@ from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, RandomLongSide, TaggedCrops, crop_transform, fit, two_speed_groups
-from recipes.pipeline.transformers import TokenTrunk, build_token_trunk
+from recipes.pipeline.transformers import HYBRID, TokenTrunk, build_token_trunk
 from recipes.settings.mctformer import PRESETS, Config, MCTConfig
 from wsss_losses import MCTformerLoss, MCTformerTerms
 from wsss_modules import MultiClassTokenOutput, MultiClassTokenViT, refine_with_patch_affinity
@@ -48,11 +48,13 @@ __all__ = ["PRESETS", "Config", "main"]
 MODES = ("fused", "patchcam", "mct")
 
 
-def check_mode(config: MCTConfig) -> None:
-    if config.variant == "v1" and config.mode not in ("auto", "mct"):
-        raise ValueError(
-            f'mct.mode: expected "mct" or "auto" for v1, without maps of patches, got {config.mode!r}'
-        )
+def mode_of(config: Config) -> str:
+    """Which maps are the seeds."""
+    mct, hybrid = config.mct, config.tokens.backbone.startswith(HYBRID)
+    if mct.variant == "v1" and mct.mode not in ("auto", "mct"):
+        raise ValueError(f'mct.mode: expected "mct" or "auto" for v1, without maps of patches, got {mct.mode!r}')
+    of_variant = "mct" if mct.variant == "v1" else "patchcam" if hybrid else "fused"
+    return of_variant if mct.mode == "auto" else mct.mode
 
 
 def build(run: Run, config: Config) -> tuple[TokenTrunk, MultiClassTokenViT]:
@@ -107,8 +109,7 @@ class Localizer(nn.Module):
 
     def __init__(self, trunk: TokenTrunk, net: MultiClassTokenViT, mode: str, refine: bool) -> None:
         super().__init__()
-        self.trunk, self.net, self.refine = trunk, net, refine
-        self.mode = None if mode == "auto" else mode
+        self.trunk, self.net, self.mode, self.refine = trunk, net, mode, refine
 
     def forward(self, images: Tensor) -> Maps:
         found = self.net.localize(images, self.mode)
@@ -118,12 +119,11 @@ class Localizer(nn.Module):
 def write_seeds(run: Run, trunk: TokenTrunk, model: MultiClassTokenViT, config: Config) -> None:
     """Seeds of all images, and on request those of the other modes where there is ground truth."""
     options = {"stretch": True, "whole_cells": True}
-    mct = config.mct
-    write_cams(run, Localizer(trunk, model, mct.mode, mct.refine), run.train + run.val, config.cams, **options)
+    mct, main = config.mct, mode_of(config)
+    write_cams(run, Localizer(trunk, model, main, mct.refine), run.train + run.val, config.cams, **options)
     measure_cams(run, config.threshold)
     if mct.compare_modes:
         modes = ("mct",) if mct.variant == "v1" else MODES
-        main = modes[0] if mct.mode == "auto" else mct.mode
         for mode, refine in [(main, not mct.refine), *((mode, mct.refine) for mode in modes if mode != main)]:
             folder = f"cam_{mode}_{'refined' if refine else 'plain'}"
             write_cams(run, Localizer(trunk, model, mode, refine), run.seeds, config.cams, folder, **options)
@@ -131,7 +131,7 @@ def write_seeds(run: Run, trunk: TokenTrunk, model: MultiClassTokenViT, config: 
 
 
 def main(config: Config) -> dict:
-    check_mode(config.mct)
+    mode_of(config)  # or a word on what is wrong with it, before hours of training
     run = start("mctformer", config, takes=())
 
     with run.stage("classify", "Class tokens and patches from tags"):

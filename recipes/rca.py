@@ -182,20 +182,20 @@ def write_attention(run: Run, net: RCA, size: int) -> None:
     write_maps(run, run.train + run.val, maps_of)
 
 
-def write_fused_masks(run: Run, saliency: Callable[[str], np.ndarray], alpha: float) -> None:
+def write_fused_masks(run: Run, saliency: Callable[[str], np.ndarray], config: Config) -> None:
     """``mask_crf``: CRF scores of the attention maps joined with saliency; ``mask``: the same without the CRF."""
 
     def mask_of(name: str, refine: bool) -> Tensor:
         stored = read_cam(run, name)
         cam = torch.from_numpy(stored.cam)[None]
-        scores = torch.cat([background_score(cam, alpha), cam], 1)
+        scores = torch.cat([background_score(cam, config.alpha), cam], 1)
         if refine:
             scores = dense_crf(image_tensor(run.dataset.image(name))[None], unary_from_scores(scores), PSA_CRF)
         salient = torch.from_numpy(saliency(name))[None, None]
         return fuse_saliency_labels(scores, salient, keys=torch.from_numpy(stored.keys))[0]
 
     write_masks(run, run.train, lambda name: mask_of(name, refine=False))
-    refine_masks(run, True, lambda name: mask_of(name, refine=True))
+    refine_masks(run, config.mask_crf, lambda name: mask_of(name, refine=True))
 
 
 def main(config: Config) -> dict:
@@ -214,7 +214,7 @@ def main(config: Config) -> dict:
         if saliency is None:
             masks_by_threshold(run, config.threshold, everywhere=True)
         else:
-            write_fused_masks(run, saliency, config.alpha)
+            write_fused_masks(run, saliency, config)
 
     with run.stage("segment", "Segmentation network from the masks"):
         segmentation_from_masks(run, "mask_crf" if config.mask_crf or saliency is None else "mask", config.segment)

@@ -14,7 +14,11 @@ for (const bar of document.querySelectorAll(".sort")) {
   });
 }
 for (const head of document.querySelectorAll("table.sortable thead th")) {
-  const number = (row) => parseFloat(row.cells[head.cellIndex].textContent.replace(/,/g, ""));
+  const seconds = { h: 3600, min: 60, s: 1 };
+  const number = (row) => {
+    const text = row.cells[head.cellIndex].textContent, parts = [...text.matchAll(/([\d.]+) (h|min|s)\b/g)];
+    return parts.length ? parts.reduce((sum, [, n, unit]) => sum + n * seconds[unit], 0) : parseFloat(text.replace(/,/g, ""));
+  };
   const words = (row) => row.cells[head.cellIndex].textContent.trim();
   head.dataset.sorts = "";
   head.tabIndex = 0;

@@ -31,6 +31,7 @@ import yaml
 from lightning_fabric import Fabric
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from recipes.pipeline.data import ImageSet, load_dataset
@@ -273,8 +274,6 @@ def start(recipe: str, config: RunConfig, takes: Sequence[str] = ("classify", "c
     fabric.barrier()
     run = Run(recipe, config, fabric, dataset, folder)
     if fabric.global_rank == 0:
-        if run.path("metrics.json").exists():
-            run.record(finished=False)
         if config.reuse is not None:
             _take_over(run, config.reuse, takes)
         elif config.share is not None:
@@ -312,10 +311,16 @@ def _open_folder(folder: Path, recipe: str, config: RunConfig) -> None:
         left_over.unlink()
     file, wanted = folder / "config.yaml", {"recipe": recipe, **settings(config)}
     if file.exists():
-        differing = differing_settings(_read_settings(file), wanted)
+        differing = differing_settings(read_settings(file), wanted)
         if differing:
             told = "; ".join(differing)
             raise ValueError(f"out: {folder} holds a run with other settings ({told}); give another --out or remove it")
+    kept = folder / "metrics.json"
+    if kept.exists():  # before --until changes: a kill in between must not leave a run that seems whole
+        with reading(kept):
+            metrics = json.loads(kept.read_text())
+        with replacing(kept, "w") as out:
+            json.dump({**metrics, "finished": False}, out, indent=1)
     with replacing(file, "w") as out:
         yaml.safe_dump(wanted, out, sort_keys=False)
 
@@ -344,42 +349,75 @@ def _take_over(run: Run, source: Path, takes: Sequence[str]) -> None:
     missing = [str(file) for file in needed if not file.exists()]
     if missing:
         raise ValueError(f"reuse: {source} is not finished, {len(missing)} files are missing, e.g. {missing[0]}")
+    if _has_its_own_classifier(run, source):
+        told = "has trained a classifier of its own; leave the flag out or give another --out"
+        raise ValueError(f"reuse: {run.folder} {told}")
     for file in [*needed, *(file for file in found_too if file.exists())]:
         target = run.folder / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
-            os.link(file, target)
-    with reading(source / "metrics.json"):
-        stages = json.loads((source / "metrics.json").read_text())["stages"]
+            _link(file, target)
+    stages = _stages_of(source)
     taken = {name: stages[name] for name in takes if name in stages}
     run.record(stages=taken, reused=str(source), taken=list(taken))
 
 
 def _share(run: Run, source: Path, takes: Sequence[str]) -> None:
-    """:func:`_take_over` of the first stages whose settings agree; says what is made anew."""
+    """:func:`_take_over` of the first stages that are finished and whose settings agree; says what is made anew."""
     if not takes:
         return
     taken: list[str] = []
-    told = _differing(run, source, ORIGIN)
+    told, finished = _differing(run, source, ORIGIN), _stages_of(source)
+    if _has_its_own_classifier(run, source):
+        told = ["this run has trained a classifier of its own"]
     for stage in takes:
-        told = told or _differing(run, source, (stage,))
+        told = told or ([] if stage in finished else ["it is not finished"]) or _differing(run, source, (stage,))
         if told:
-            run.console.print(f"  {stage} is made anew, not that of {source}: {'; '.join(told)}", highlight=False)
+            note = f"  {stage} is made anew, not that of {source}: {'; '.join(told)}"
+            run.console.print(escape(note), highlight=False, soft_wrap=True)
             break
         taken.append(stage)
     if taken:
         _take_over(run, source, taken)
 
 
+def _has_its_own_classifier(run: Run, source: Path) -> bool:
+    """Whether ``run`` has trained one, in whole or in part: CAMs of two classifiers must not lie side by side."""
+    own, other = run.folder / "checkpoints" / "classify.pt", source / "checkpoints" / "classify.pt"
+    if own.exists():
+        same = other.exists() and (own.samefile(other) or own.read_bytes() == other.read_bytes())
+        return not same
+    return own.with_suffix(".partial.pt").exists()
+
+
+def _link(file: Path, target: Path) -> None:
+    """A second name for ``file``, or on another disk a copy."""
+    try:
+        os.link(file, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP):
+            raise
+        with replacing(target) as copy:
+            copy.write(file.read_bytes())
+
+
+def _stages_of(source: Path) -> dict[str, Any]:
+    """The finished stages of another run, with what they cost."""
+    file = source / "metrics.json"
+    with reading(file, OF_ANOTHER_RUN):
+        return json.loads(file.read_text())["stages"]
+
+
 def _differing(run: Run, source: Path, keys: Sequence[str]) -> list[str]:
     file = source / "config.yaml"
     if not file.exists():
         raise ValueError(f"reuse: expected a run folder with config.yaml, got {source}")
-    return differing_settings(_read_settings(file), settings(run.config), keys)
+    return differing_settings(read_settings(file, OF_ANOTHER_RUN), settings(run.config), keys)
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
-    with reading(file):
+def read_settings(file: Path, advice: str | None = None) -> dict[str, Any]:
+    """What ``config.yaml`` says."""
+    with reading(file, ANEW if advice is None else advice):
         found = yaml.safe_load(file.read_text())
         if not isinstance(found, dict):
             raise yaml.YAMLError(f"no settings in it, but {found!r}")
@@ -427,6 +465,7 @@ _DAMAGE = (
 
 
 ANEW = "Remove it, and the same command makes it anew"
+OF_ANOTHER_RUN = "It belongs to another run; give that one's command again, or leave it out"
 
 
 @contextmanager
@@ -435,13 +474,16 @@ def reading(path: Path, advice: str = ANEW) -> Iterator[None]:
 
     Raises:
         ValueError: the file is damaged, or holds a pickle.
-        FileNotFoundError: there is no such file.
+        OSError: the system can't read it, say for want of permission; that is told as it is.
+        torch.OutOfMemoryError: there is no room for what is in it.
     """
     try:
         yield
-    except FileNotFoundError:
+    except torch.OutOfMemoryError:
         raise
     except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: cannot be read ({reason}); it is damaged or of another kind. {advice}") from error
 

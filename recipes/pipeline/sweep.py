@@ -24,7 +24,6 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -32,7 +31,7 @@ from rich.table import Table
 from recipes.pipeline.data import ImageSet, load_dataset
 from recipes.pipeline.report import repeat_command
 from recipes.pipeline.results import PLAIN, Results, markdown, page, record_of, table_csv, wants_saliency, write_text
-from recipes.pipeline.run import differing_settings, settings
+from recipes.pipeline.run import differing_settings, read_settings, reading, settings
 from recipes.pipeline.tables import duration, processor_seconds, total_seconds
 
 CUES = "c2am"  # learns saliency maps for those that need some, where the data set has none
@@ -123,11 +122,7 @@ def plan_sweep(config: SweepConfig, load: Callable[[str], ModuleType]) -> list[P
     if "saliency" in missing and CUES not in asked:
         modules[CUES] = load(CUES)
         asked[CUES] = _settings(CUES, modules[CUES], config)
-    elsewhere = [
-        (file.parent, yaml.safe_load(file.read_text()))
-        for place in config.count
-        for file in sorted(place.glob("*/config.yaml"))
-    ]
+    elsewhere = [found for place in config.count for found in _settings_in(place)]
     first = [name for name in (PLAIN, CUES) if name in asked]
     plan = []
     for seed in config.seeds:
@@ -175,6 +170,13 @@ def _planned(
     return Planned(f"{name}-s{seed}", name, changes["out"], found, plain, needs)
 
 
+def _settings_in(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folders of runs in ``place`` with their settings, but for those that can't be read."""
+    for file in sorted(place.glob("*/config.yaml")):
+        with suppress(ValueError):
+            yield file.parent, read_settings(file)
+
+
 def _count(run: Planned, elsewhere: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
     """Let a finished run of the same settings, of those at hand with their settings, stand for ``run``."""
     for folder, found in elsewhere:
@@ -189,12 +191,16 @@ def _state(folder: Path, wanted: Mapping[str, Any]) -> tuple[str, str]:
     file = folder / "config.yaml"
     if not file.is_file():
         return "new", ""
-    found = yaml.safe_load(file.read_text())
+    kept = folder / "metrics.json"
+    try:
+        found = read_settings(file)
+        with reading(kept):
+            metrics = json.loads(kept.read_text()) if kept.is_file() else {}
+    except ValueError as error:
+        return "refused", str(error)
     differing = differing_settings(found, wanted)
     if differing:
         return "refused", f"{folder} holds a run with other settings: {'; '.join(differing)}"
-    kept = folder / "metrics.json"
-    metrics = json.loads(kept.read_text()) if kept.is_file() else {}
     whole = metrics.get("finished", "machine" in metrics)  # runs of before this was recorded ended with their machine
     return ("finished" if whole and found.get("until") in (None, wanted.get("until")) else "begun"), ""
 

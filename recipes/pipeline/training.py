@@ -369,7 +369,7 @@ def _told_of_dead_loaders(loader: DataLoader, stage: str) -> Iterator[dict[str, 
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker"):  # what a data set raises comes back as its own error
             raise
         raise ChildProcessError(
             f"{stage}: a loader process died ({error}); is there memory left? "

@@ -25,9 +25,10 @@ class MCTConfig:
     layers: int = 3
     """Blocks, from the last one, whose attention makes the maps."""
     mode: Literal["auto", "fused", "patchcam", "mct"] = "auto"
-    """Maps of class tokens (mct), of patches (patchcam), or their product (fused); auto: the product, in V1 those of
-    tokens. Tokens of blocks that start from random weights learn the tags before they learn where to look: after the 75
-    steps of the demo the patches' maps were at 41 mIoU, the tokens' at 17, and their product at 23 (40 pictures)."""
+    """Maps of class tokens (mct), of patches (patchcam), or their product (fused). auto: the product, in V1 those of
+    tokens; of a hybrid those of patches. Its blocks start from random weights, and tokens learn the tags before they
+    learn where to look: after the 75 steps of the demo the patches' maps were at 41 mIoU, the tokens' at 17, and their
+    product at 23 (40 pictures)."""
     refine: bool = True
     """Smooth the maps by the attention between patches."""
     compare_modes: bool = False
@@ -47,7 +48,7 @@ class Config(RunConfig):
     """Settings of a run."""
 
     tokens: TokenConfig = field(default_factory=lambda: TokenConfig(frozen_stages=3, grid=8))
-    mct: MCTConfig = field(default_factory=lambda: MCTConfig(mode="patchcam"))
+    mct: MCTConfig = field(default_factory=MCTConfig)
     cams: CamConfig = field(default_factory=lambda: replace(CAMS["demo"], output_stride=16))
     threshold: float = 0.39
     """Background score at which the seeds themselves are measured."""
@@ -76,7 +77,6 @@ PRESETS = {
     "small": Config(
         tokens=TokenConfig(frozen_stages=4, grid=14),
         mct=MCTConfig(
-            mode="patchcam",
             long_side=(256, 400),
             crop=224,
             schedule=AdamSchedule(epochs=5, batch_size=16, lr=1e-4, head_lr=1e-3),

@@ -56,9 +56,16 @@ class Deadly(Dataset):
         return self.points[index]
 
 
-def fit_deadly(run: Run) -> dict[str, Tensor]:
+class Wrong(Deadly):
+    """Points with a bug."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        raise RuntimeError("a bug in the data set")
+
+
+def fit_deadly(run: Run, points: type[Deadly] = Deadly) -> dict[str, Tensor]:
     model = small_model()
-    fit(run, "points", model, Deadly(), squared_error, two_speed_groups(model, [model[2]], SCHEDULE), SCHEDULE)
+    fit(run, "points", model, points(), squared_error, two_speed_groups(model, [model[2]], SCHEDULE), SCHEDULE)
     return model.state_dict()
 
 
@@ -71,6 +78,11 @@ def test_a_dead_loader_is_told_and_the_run_goes_on_without(tmp_path: Path, capsy
     assert "--workers 0" in said
     assert not (tmp_path / "a" / "checkpoints" / "points.pt").exists()
     assert same(fit_deadly(make_run(tmp_path / "a", workers=0)), fit_deadly(make_run(tmp_path / "b", workers=0)))
+
+
+def test_a_bug_in_a_data_set_is_not_told_as_a_dead_loader(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug in the data set"):
+        fit_deadly(make_run(tmp_path / "a", workers=1), Wrong)
 
 
 def test_a_training_step_keeps_no_memory(tmp_path: Path) -> None:

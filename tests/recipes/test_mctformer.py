@@ -45,7 +45,7 @@ def test_all_that_is_not_frozen_learns_and_new_parts_learn_faster(variant: str) 
             assert rates[id(parameter)] == (1e-4 if ".trunk.body." in name else 1e-3), name
 
 
-@pytest.mark.parametrize(("variant", "mode"), [("v1", "auto"), ("v2", "patchcam"), ("plus", "auto")])
+@pytest.mark.parametrize(("variant", "mode"), [("v1", "mct"), ("v2", "patchcam"), ("plus", "fused")])
 @pytest.mark.parametrize("refine", [True, False])
 def test_localizer_maps_every_class(variant: str, mode: str, refine: bool) -> None:
     trunk, model = build(variant)
@@ -100,6 +100,22 @@ def test_views_of_whole_cells_cover_the_image_and_stretched_maps_go_from_0_to_1(
     middle = stored.cam.shape[2] // 2
     assert stored.cam[..., middle].max() < 0.05
     assert stored.cam[..., [0, -1]].min() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("backbone", "variant", "mode"),
+    [
+        ("hybrid:tf_efficientnet_lite0", "v1", "mct"),
+        ("hybrid:tf_efficientnet_lite0", "v2", "patchcam"),
+        ("deit_small_patch16_224", "v2", "fused"),
+        ("deit_small_patch16_224", "plus", "fused"),
+        ("deit_small_patch16_224", "v1", "mct"),
+    ],
+)
+def test_the_maps_that_are_the_seeds_by_default(backbone: str, variant: str, mode: str) -> None:
+    preset = mctformer.PRESETS["demo"]
+    tokens, mct = replace(preset.tokens, backbone=backbone), replace(preset.mct, variant=variant)
+    assert mctformer.mode_of(replace(preset, tokens=tokens, mct=mct)) == mode
 
 
 def test_v1_has_no_maps_of_patches_and_says_so_before_it_trains(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """Taking over another run's classifier, checked on files alone."""
 
+import errno
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +56,40 @@ def test_share_takes_nothing_of_another_classifier(plain: Path, tmp_path: Path, 
     run = begin(tmp_path / "run", plain, **changes)
     assert not run.path("checkpoints").exists()
     assert "reused" not in run.metrics
+
+
+@pytest.mark.parametrize("own", ["classify.pt", "classify.partial.pt"])
+def test_cams_of_two_classifiers_are_never_mixed(plain: Path, tmp_path: Path, own: str, capsys) -> None:
+    begun = start("other", replace(TINY, out=tmp_path / "run"))
+    begun.path("checkpoints").mkdir()
+    begun.path("checkpoints", own).write_text("its own")
+    run = begin(tmp_path / "run", plain)
+    assert not run.path("cam").exists()
+    assert run.path("checkpoints", own).read_text() == "its own"
+    assert "reused" not in run.metrics
+    assert "a classifier of its own" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="reuse: .*run has trained a classifier of its own"):
+        start("other", replace(TINY, out=tmp_path / "run", reuse=plain))
+
+
+def test_share_takes_only_the_stages_that_are_finished(plain: Path, tmp_path: Path, capsys) -> None:
+    metrics = json.loads((plain / "metrics.json").read_text())
+    del metrics["stages"]["cams"]
+    (plain / "metrics.json").write_text(json.dumps(metrics))
+    run = begin(tmp_path / "run", plain)
+    assert run.path("checkpoints/classify.pt").exists()
+    assert not run.path("cam").exists()
+    assert "cams is made anew" in capsys.readouterr().out
+
+
+def test_share_copies_from_another_disk(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    run = begin(tmp_path / "run", plain)
+    assert run.path("checkpoints/classify.pt").read_text() == "checkpoints/classify.pt"
+    assert begin(tmp_path / "run", plain).metrics["taken"] == ["classify", "cams"]  # a copy is the same classifier
 
 
 def test_share_wants_a_finished_run(plain: Path, tmp_path: Path) -> None:
