@@ -36,14 +36,14 @@ measured on those 378 of them that are in VOC's own train list and so have hand-
 images of VOC's val list. The names are in [data/voc12_animals](data/voc12_animals), so whoever has VOC 2012 can
 repeat the table (`--train-list`, `--seed-list`, `--val-list`).
 
-mIoU is in percent, over background and six classes, from one confusion matrix over the split. *Seed*: the CAM
-against a constant background score. *Mask*: after the method's refinement (for `cam` there is none). *+ CRF*: masks
-after the dense CRF with IRN's settings; these train the segmentation network (DeepLabV3+, EfficientNet-Lite0),
-tested over three scales and mirror images, without CRF. Thresholds are fixed: 0.25 for seeds (it was the best in an
-earlier trial on these photographs, see the oracle for what that is worth), 0.25 after IRN's walk as published; RW's
-background score walks along and needs none. In brackets, the oracle: the best threshold, found with the ground
-truth of the same split. No checkpoint was chosen on pixel labels: each run takes its last step. A dash is a stage
-that was not run.
+mIoU is in percent, over background and six classes, from one confusion matrix over the split. *Seed*: the CAM against
+a constant background score. *Mask*: after the method's refinement (for `cam` there is none). *+ CRF*: masks after the
+dense CRF, with IRN's settings unless the paper has its own; most recipes train the segmentation network (DeepLabV3+,
+EfficientNet-Lite0) on these, tested over three scales and mirror images, without CRF. Thresholds are fixed: 0.25 for
+seeds (it was the best in an earlier trial on these photographs, see the oracle for what that is worth), 0.25 after
+IRN's walk as published; RW's background score walks along and needs none. In brackets, the oracle: the best
+threshold, found with the ground truth of the same split. No checkpoint was chosen on pixel labels: each run takes its
+last step. A dash is a stage that was not run.
 
 The runs shared their two cores with tests and other work, so that times by the clock are upper bounds, up to four
 times those of a free machine; the processor's are what a run costs, without what it took over from another run. A run
@@ -143,12 +143,13 @@ def keep(folder: Path) -> None:
     on_demo = str(record["data"]).startswith("demo")
     name = _named(folder.name, record["seed"])
     record["reused"] = record["reused"] and _named(record["reused"], record["seed"])
+    place_of_runs = "runs/demo" if on_demo else "runs"
     places = {"until": None} if on_demo else {"until": None, "data": "voc:PATH"}
     for key, place in (("outside", "FOLDER"), ("saliency", None), ("reuse", None), ("share", None)):
         if isinstance(config.get(key), str):
-            places[key] = place or f"runs/{_named(Path(config[key]).name, record['seed'])}"
+            places[key] = place or f"{place_of_runs}/{_named(Path(config[key]).name, record['seed'])}"
     record["data"] = places.get("data", record["data"])
-    record["command"] = repeat_command({**config, **places, "out": f"runs/{name}"})
+    record["command"] = repeat_command({**config, **places, "out": f"{place_of_runs}/{name}"})
     text = json.dumps(record, indent=1) + "\n"
     write_text(RECORDS / ("demo" if on_demo else "runs") / f"{name}.json", text)
 

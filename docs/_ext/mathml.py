@@ -24,7 +24,7 @@ def _mathml(node: nodes.Element, display: str) -> str:
     except Exception as error:  # the converter has no base class of its own
         _LOGGER.warning("math that can't be converted, %s: %s", type(error).__name__, source, location=node)
         return ""
-    if unknown := re.search(r"\\[a-zA-Z]+", equation):
+    if unknown := re.search(r"\\[a-zA-Z]+|<mi>&(amp;)?</mi>", equation):
         _LOGGER.warning("math with %s, which the converter does not know: %s", unknown[0], source, location=node)
     return equation
 
@@ -39,7 +39,7 @@ def visit_math_block(translator: HTML5Translator, node: nodes.Element) -> None:
     r"""Equations that stand alone: as in Sphinx, a blank line begins another and lines that end in ``\\`` align."""
     for part in re.split(r"\n\s*\n", node.astext()):
         if part.strip():
-            source = rf"\begin{{aligned}}{part}\end{{aligned}}" if r"\\" in part and r"\begin" not in part else part
+            source = rf"\begin{{align*}}{part}\end{{align*}}" if r"\\" in part and r"\begin" not in part else part
             equation = _mathml(nodes.math_block(source, source), "block")
             translator.body.append(f'<div class="math">{equation}</div>\n')
     raise nodes.SkipNode
