@@ -111,25 +111,27 @@ Of the systems that train the classifier differently, all on the same backbone, 
 
 DEMO = """## On the demo data
 
-Drawn pictures of 96 to 128 pixels, made on first use: 240 train, with their tags, and 80 validate. All of the 240 have
-masks, on which seeds and masks are measured. Preset `demo`, which takes minutes on two cores. The pictures have what
-makes the task hard (a telling part on a body shared with other classes, grounds that go with a class) and nothing of
-what photographs have besides, so that the order of systems need not be that of photographs. Most trainings have 75 to
-120 steps, so that the table shows more of how a system bears a short training than of how good it is. One seed each, and
-the constants of the papers. What the rows below the plain CAM have in common, as far as it was looked into:
+Drawn pictures of 96 to 128 pixels, made on first use: 240 train, with their tags, and 80 validate. All of the 240
+have masks, on which seeds and masks are measured. Preset `demo`, which takes minutes on two cores. The pictures have
+what makes the task hard (a telling part on a body shared with other classes, grounds that go with a class) and
+nothing of what photographs have besides, so that the order of systems need not be that of photographs. Most trainings
+have 75 to 120 steps, so that the table shows more of how a system bears a short training than of how good it is. One
+seed each, and the constants of the papers. What the rows below the plain CAM have in common, as far as it was looked
+into:
 
 - Maps that are too broad for their constant. `ppc` and `sipe` find 92 and 87 % of the objects' pixels, and of the
   background 23 and 32: at their best thresholds, 0.56 and 0.63, the seeds would be at 44.2 and 35.5, and the
   refinement learns from areas that the published constants call confident. `occse` and `vitpcm` are too timid instead
   (52 and 47 % of the objects); the walk of the former takes still more away.
-- Blocks that start from random weights (`mctformer`, `afa`, `vitpcm`: four of them behind the pretrained network). Class
-  tokens learn the tags before they learn where to look, so that the seeds of `mctformer` are the maps of its patches; and
-  the affinity of `afa` starts as the likeness of patches, without which its masks were at 11.3.
-- `l2g`'s second network hears of classes from the first alone: from ImageNet it was at 21.9, so both start as the plain
-  classifier.
-- The data has perfect saliency, which makes the masks of `rca` and `edam` and not their maps. Their segmentations here
-  were trained on the labels after the CRF, as published: broad maps become so certain in it that they overrule or
-  contradict the saliency. By now both recipes take the labels without it by default; they have not been run again.
+- Blocks that start from random weights (`mctformer`, `afa`, `vitpcm`: four of them behind the pretrained network).
+  Class tokens learn the tags before they learn where to look, so that the seeds of `mctformer` are the maps of its
+  patches; and the affinity of `afa` starts as the likeness of patches, without which its masks were at 11.3.
+- `l2g`'s second network hears of classes from the first alone: from ImageNet it was at 21.9, so both start as the
+  plain classifier.
+- The data has saliency maps of its own, soft and nearly right, which make the masks of `rca` and `edam` what they
+  are, and not their maps. Their segmentations here were trained on the labels after the CRF, as published: broad maps
+  become so certain in it that they overrule or contradict the saliency. By now both recipes take the labels without
+  it by default; they have not been run again.
 """
 PARTS = {"runs": PHOTOGRAPHS, "demo": DEMO}
 

@@ -49,5 +49,6 @@ def test_a_record_has_no_places_of_a_machine(elsewhere, tmp_path, data, part, to
     assert "/home" not in text
     record = json.loads(text)
     assert (record["data"], record["reused"]) == (told, "cam-s0")
-    assert record["command"].endswith(" --saliency runs/c2am-s0 --out runs/toy-s0")
+    runs = "runs/demo" if part == "demo" else "runs"
+    assert record["command"].endswith(f" --saliency {runs}/c2am-s0 --out {runs}/toy-s0")
     assert "| toy | 0 |" in (elsewhere / "results.md").read_text()
