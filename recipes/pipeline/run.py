@@ -464,6 +464,9 @@ _DAMAGE = (
 )
 
 
+# What the system says that is no fault of the file; of one that was cut short it says EINVAL.
+_NOT_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
+
 ANEW = "Remove it, and the same command makes it anew"
 OF_ANOTHER_RUN = "It belongs to another run; give that one's command again, or leave it out"
 
@@ -482,7 +485,7 @@ def reading(path: Path, advice: str = ANEW) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except _DAMAGE as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno in _NOT_OF_THE_FILE:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: cannot be read ({reason}); it is damaged or of another kind. {advice}") from error
