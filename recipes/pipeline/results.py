@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import os
 import re
@@ -66,11 +67,19 @@ def record_of(folder: Path) -> dict[str, Any]:
     record["supervision"] = supervision(config)
     named = {str(v) for key, v in flat.items() if key.endswith((".backbone", ".encoder")) and key[:8] != "segment."}
     record["backbones"] = sorted(named)
-    record["epochs"] = {
-        key.removesuffix(".schedule.epochs"): value for key, value in flat.items() if key.endswith(".schedule.epochs")
+    record["steps"] = trained_steps(folder)
+    left_out = {"segment"} - set(metrics["stages"])  # of a run that was stopped before
+    record["settings"] = {
+        part: config[part] for part in (*PARTS, "max_steps") if part in config and part not in left_out
     }
-    record["settings"] = {part: config[part] for part in (*PARTS, "max_steps") if part in config}
     return record
+
+
+def trained_steps(folder: Path) -> dict[str, int]:
+    """Steps of each training that a run has finished or taken over, in the order in which they ended."""
+    weights = sorted((folder / "checkpoints").glob("*.pt"), key=lambda file: file.stat().st_mtime)
+    curves = [folder / "curves" / f"{file.stem}.jsonl" for file in weights if not file.stem.endswith(".partial")]
+    return {file.stem: json.loads(file.read_text().splitlines()[-1])["steps"] for file in curves if file.is_file()}
 
 
 def supervision(config: Mapping[str, Any]) -> str:
@@ -189,7 +198,7 @@ class Results:
             ),
             Grid(
                 "What they took",
-                ("system", "supervision", "epochs of training", "time", "processor", "memory"),
+                ("system", "supervision", "steps of training", "time", "processor", "memory"),
                 costs,
                 "Means over the runs, the largest memory of any. What a run took over from another counts in it too.",
             ),
@@ -382,10 +391,10 @@ def _spread(values: Sequence[float]) -> Spread | None:
 
 
 def _costs(runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Supervision, epochs, time, processor time and memory of the runs of a system."""
+    """Supervision, steps, time, processor time and memory of the runs of a system."""
     told = ", ".join(dict.fromkeys(run["supervision"] for run in runs if run.get("supervision"))) or "-"
-    epochs = next((run["epochs"] for run in runs if run.get("epochs")), {})
-    trained = ", ".join(f"{part} {count}" for part, count in epochs.items()) or "-"
+    steps = next((run["steps"] for run in runs if run.get("steps")), {})
+    trained = ", ".join(f"{part} {count}" for part, count in steps.items()) or "-"
     stages = [run.get("stages", {}) for run in runs]
     busy = [processor_seconds(found) for found in stages]
     known = [seconds for seconds in busy if seconds is not None]

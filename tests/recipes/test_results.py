@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -182,6 +183,7 @@ def test_supervision_is_read_off_the_settings(config: dict, expected: str) -> No
 
 def test_a_record_is_what_the_tables_need(tmp_path: Path) -> None:
     run = metrics("rw", 0, 40.0, reused="/some/where/cam-s0", polarity={"inverted": True})
+    run["stages"]["segment"] = {"seconds": 60.0, "peak_mb": 1500.0}
     run["measurements"].append(measurement("seed", 41.0, threshold_from=ORACLE, curve=((0.1, 30.0), (0.2, 41.0))))
     config = {
         "recipe": "rw",
@@ -192,14 +194,24 @@ def test_a_record_is_what_the_tables_need(tmp_path: Path) -> None:
     }
     (tmp_path / "metrics.json").write_text(json.dumps(run))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    for name, steps in (("classify", 75), ("affinity", 90)):
+        for file in (tmp_path / "checkpoints" / f"{name}.pt", tmp_path / "curves" / f"{name}.jsonl"):
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(f'{{"step": 0, "steps": {steps}}}\n{{"step": {steps - 1}, "steps": {steps}}}\n')
+        os.utime(tmp_path / "checkpoints" / f"{name}.pt", (steps, steps))
+    (tmp_path / "checkpoints" / "segment.partial.pt").write_text("")  # begun, not finished
+    (tmp_path / "curves" / "segment.jsonl").write_text('{"step": 0, "steps": 90}\n')
     record = record_of(tmp_path)
     assert record["backbones"] == ["lite"]
-    assert record["epochs"] == {"classify": 5, "affinity": 3, "segment": 6}
+    assert record["steps"] == {"classify": 75, "affinity": 90}
     assert record["settings"] == {"classify": config["classify"], "segment": config["segment"], "max_steps": None}
     assert record["reused"] == "cam-s0"
     assert "polarity" not in record
+    del run["stages"]["segment"]
+    (tmp_path / "metrics.json").write_text(json.dumps(run))
+    assert "segment" not in record_of(tmp_path)["settings"]
     assert all(m["curve"] == [] for m in record["measurements"])
-    assert Results({"rw-s0": record}).overview()[2].rows[0][1:3] == ("tags", "classify 5, affinity 3, segment 6")
+    assert Results({"rw-s0": record}).overview()[2].rows[0][1:3] == ("tags", "classify 75, affinity 90")
 
 
 def test_csv_has_a_line_for_each_measurement() -> None:
