@@ -197,6 +197,18 @@ def test_target_is_that_of_all_pixels_one_by_one(seed: int, options: tuple[str, 
     torch.testing.assert_close(ours, theirs)
 
 
+@given(st.integers(0, 99), st.integers(1, 2), st.integers(1, 4), st.sampled_from(OPTIONS))
+def test_target_of_few_crops_and_classes(seed: int, n: int, classes: int, options: tuple[str, str, float]) -> None:
+    background, empty, threshold = options
+    scores, labels, saliency = crops(seed, n, classes)
+    theirs = reference_l2g.target_by_loops(scores, labels, saliency, threshold, background, empty)
+    for layout in (scores, scores.contiguous(memory_format=torch.channels_last)):
+        ours = local_attention_target(
+            layout, labels, saliency, threshold=threshold, background=background, empty_saliency=empty
+        )
+        torch.testing.assert_close(ours, theirs)
+
+
 @given(st.integers(0, 99))
 def test_target_without_saliency_is_the_winners_attention(seed: int) -> None:
     scores, labels, _ = crops(seed)
@@ -265,6 +277,8 @@ def test_target_in_half_precision_and_in_one_graph() -> None:
     exact = local_attention_target(scores.half().double(), labels, saliency.half().double(), background="value")
     torch.testing.assert_close(half.double(), exact, rtol=2**-10, atol=2**-20)
     compiled = torch.compile(local_attention_target, fullgraph=True, backend="aot_eager")
+    tied = torch.ones_like(scores)  # all classes are read there, in another order
+    torch.testing.assert_close(compiled(tied, labels), local_attention_target(tied, labels))
     torch.testing.assert_close(
         compiled(scores, labels, saliency, empty_saliency="attention"),
         local_attention_target(scores, labels, saliency, empty_saliency="attention"),
