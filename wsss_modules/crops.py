@@ -275,7 +275,9 @@ def local_attention_target(
 
     Returns:
         (n, 1+K, h, w) in [0, 1], without gradient, in the dtype of ``scores``. At most one channel of a pixel is above
-        0, and it is no distribution: where nothing is above ``threshold`` all channels are 0.
+        0, and it is no distribution: where nothing is above ``threshold`` all channels are 0. Where a class that the
+        image has, or the background, has a score that is NaN or +inf, its channel is NaN in the whole crop, so that the
+        loss shows it, and the others are as if it were absent; of absent classes no score matters.
 
     Raises:
         TypeError: ``scores`` or ``saliency`` is not floating point.
@@ -314,7 +316,7 @@ def local_attention_target(
         raise ValueError(f"threshold: expected at least 0, got {threshold}")
     if 0 in scores.shape:
         return torch.zeros_like(scores)
-    best, wins, channels = _winner(at_least_float32(scores), labels > 0, eps)
+    best, wins, channels, broken = _winner(at_least_float32(scores), labels > 0, eps)
     value = best
     if saliency is not None:
         s = saliency_on_grid(saliency, scores).to(best.dtype)
@@ -326,20 +328,22 @@ def local_attention_target(
         of_background = (best if background == "value" else hot) * (1 - s)
         value = torch.where(channels[:, :, None, None] > 0, of_class, of_background)
     target = torch.zeros(scores.shape, dtype=best.dtype, device=scores.device)
-    target[torch.arange(len(scores), device=scores.device)[:, None], channels] = wins * value
+    shown = torch.zeros_like(broken, dtype=best.dtype).masked_fill(broken, torch.nan)
+    target[torch.arange(len(scores), device=scores.device)[:, None], channels] = wins * value + shown
     return target.to(scores.dtype)
 
 
-def _winner(scores: Tensor, present: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _winner(scores: Tensor, present: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The largest attention of each pixel (n, 1, h, w), which map has it (n, m, h, w), and these maps' channels (n, m).
 
-    The first class that has it wins, then the background.
+    The first class that has it wins, then the background. The last (n, m, 1, 1) are the maps that count but have no
+    finite maximum; they win nowhere.
     """
     classes = present.shape[1]
     counted = F.pad(present, (0, 1), value=True)  # the background comes last, so that a class wins a tie
     channels = (torch.arange(1, 2 + classes, device=scores.device) % (1 + classes)).expand(len(scores), -1)
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
-        # only what counts is read, as many maps as the image with most classes has: elsewhere that number is a wait
+    may_look = scores.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere to look is to wait
+    if may_look:  # only what counts is read, as many maps as the image with most classes has
         most = int(counted.sum(1).max())
         order = counted.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
         counted, channels = counted.gather(1, order), channels.gather(1, order)
@@ -347,7 +351,10 @@ def _winner(scores: Tensor, present: Tensor, eps: float) -> tuple[Tensor, Tensor
     else:
         maps = scores.roll(-1, 1)
     peak = F.relu(maps.amax((2, 3), keepdim=True)) + eps
-    usable = (peak > 0) & counted[:, :, None, None]
+    counted, finite = counted[:, :, None, None], peak.isfinite()
+    if not (may_look and bool(finite.all())):
+        maps = maps.masked_fill(~finite, 0.0)
+    usable = counted & finite & (peak > 0)
     # what is negative, or does not count, stays below or at 0
     attention = maps / torch.where(usable, peak, torch.inf)
     best = attention.amax(1, keepdim=True)
@@ -355,7 +362,8 @@ def _winner(scores: Tensor, present: Tensor, eps: float) -> tuple[Tensor, Tensor
     order_type = torch.int8 if maps.shape[1] < 128 else torch.int16
     place = torch.arange(maps.shape[1], 0, -1, dtype=order_type, device=scores.device)[:, None, None]
     first = (attention == best) * place
-    return F.relu(best), first == first.amax(1, keepdim=True), channels
+    broken = counted & ~finite
+    return F.relu(best), (first == first.amax(1, keepdim=True)) & ~broken, channels, broken
 
 
 def _check_numbers(number: int, images: int) -> None:
