@@ -13,12 +13,10 @@ import re
 import sys
 from pathlib import Path
 
-import yaml
-
 from recipes.cli import discover
+from recipes.pipeline.files import read_settings, run_folders, write_text
 from recipes.pipeline.report import repeat_command
-from recipes.pipeline.results import NOT_RUN, Results, markdown, record_of, write_text
-from recipes.pipeline.tables import run_folders
+from recipes.pipeline.results import NOT_RUN, Results, markdown, record_of
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "data"
@@ -178,8 +176,7 @@ def figures(results: Results) -> str:
 
 def keep(folder: Path) -> None:
     """Write ``data/PART/NAME.json``: the record of a run without places of this machine, and its command."""
-    record = record_of(folder)
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    record, config = record_of(folder), read_settings(folder)
     on_demo = str(record["data"]).startswith("demo")
     name = _named(folder.name, record["seed"])
     record["reused"] = record["reused"] and _named(record["reused"], record["seed"])

@@ -275,7 +275,9 @@ def local_attention_target(
 
     Returns:
         (n, 1+K, h, w) in [0, 1], without gradient, in the dtype of ``scores``. At most one channel of a pixel is above
-        0, and it is no distribution: where nothing is above ``threshold`` all channels are 0.
+        0, and it is no distribution: where nothing is above ``threshold`` all channels are 0. Where a class that the
+        image has, or the background, has a score that is NaN or +inf, its channel is NaN in the whole crop, so that the
+        loss shows it, and the others are as if it were absent; of absent classes no score matters.
 
     Raises:
         TypeError: ``scores`` or ``saliency`` is not floating point.
@@ -334,21 +336,25 @@ def _winner(scores: Tensor, present: Tensor, eps: float) -> tuple[Tensor, Tensor
     """The largest attention of each pixel (n, 1, hw), 1 for the map that has it and 0 for others (n, m, hw), and these
     maps' rows (n m,) in ``scores`` (n, 1+K, hw), the background's first.
 
-    The first class that has it wins, then the background.
+    The first class that has it wins, then the background. A map that counts but has no finite maximum is NaN.
     """
     n, channels = scores.shape[:2]
     counted, chosen = F.pad(present, (1, 0), value=True), torch.arange(channels, device=scores.device).expand(n, -1)
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
-        # only what counts is read, as many maps as the image with most classes has: elsewhere that number is a wait
+    may_look = scores.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere to look is to wait
+    if may_look:  # only what counts is read, as many maps as the image with most classes has
         most = int(counted.sum(1).max())
         chosen = counted.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
         counted = counted.gather(1, chosen)
     rows = (chosen + torch.arange(0, n * channels, channels, device=scores.device)[:, None]).flatten()
     maps = scores.flatten(0, 1).index_select(0, rows).view(n, -1, scores.shape[2])
-    peak = F.relu(maps.amax(2, keepdim=True)) + eps
+    peak, counted = F.relu(maps.amax(2, keepdim=True)) + eps, counted[..., None]
+    finite = peak.isfinite()
+    all_finite = may_look and bool(finite.all())
+    if not all_finite:
+        maps.masked_fill_(~finite, 0.0)
     # what is negative, or does not count, stays below or at 0
-    attention = maps.div_(torch.where((peak > 0) & counted[..., None], peak, torch.inf))
-    best = attention.amax(1, keepdim=True)
+    attention = maps.div_(torch.where(counted & finite & (peak > 0), peak, torch.inf))
+    best = F.relu(attention.amax(1, keepdim=True))
     # Arithmetic in place of comparisons, which take four times as long on a CPU: the sign is 0 for what reaches the
     # best and -1 for the rest, so that the rank is above 0 for the former only, highest for the first class, then falls
     # to that of the background.
@@ -356,7 +362,9 @@ def _winner(scores: Tensor, present: Tensor, eps: float) -> tuple[Tensor, Tensor
     place = torch.arange(number, 0, -1, dtype=maps.dtype, device=scores.device).roll(1)[:, None]
     rank = torch.add(place, attention.sub_(best).sign_(), alpha=number)
     won = F.relu(rank.sub_(rank.amax(1, keepdim=True) - 1))
-    return F.relu(best), won, rows
+    if not all_finite:
+        won.masked_fill_(counted & ~finite, torch.nan)
+    return best, won, rows
 
 
 def _check_numbers(number: int, images: int) -> None:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.pipeline.files import save_mask
 from recipes.pipeline.labels import measure_masks, read_mask
 from recipes.pipeline.pretrained import save_pretrained
-from recipes.pipeline.run import Run, save_mask
+from recipes.pipeline.run import Run
 from recipes.pipeline.segmenter import SegmentConfig, Segmenter
 from recipes.pipeline.training import (
     IGNORE,
