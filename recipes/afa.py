@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -32,17 +31,16 @@ from torch import Tensor, nn
 from recipes.cli import run_recipe
 from recipes.pipeline.attention import Attended, AttendingTrunk, freeze_norms, with_random_weights
 from recipes.pipeline.cams import write_maps
-from recipes.pipeline.labels import measure_cams, measure_masks, refine_masks, write_masks
+from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
-from recipes.pipeline.segmentation import write_segmentations
+from recipes.pipeline.segmentation import measure_segmentations, write_segmentations
 from recipes.pipeline.segmenter import SegFormerHead
 from recipes.pipeline.training import FramedCrops, Moment, RandomLongSide, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, scaled_size, views
-from recipes.settings.afa import PRESETS, AFAConfig, Config
+from recipes.settings.afa import CRF, PRESETS, AFAConfig, Config
 from wsss_losses import AFATerms, afa_loss
 from wsss_modules import (
-    DEEPLAB_CRF,
     AffinityRandomWalk,
     AttentionAffinityHead,
     CAMHead,
@@ -57,9 +55,6 @@ from wsss_modules import (
 )
 
 __all__ = ["PRESETS", "Config", "main"]
-
-
-CRF = replace(DEEPLAB_CRF, gaussian_sxy=3.0, bilateral_sxy=64.0, bilateral_srgb=5.0)
 
 
 class AFAOutput(NamedTuple):
@@ -224,9 +219,7 @@ def segment(run: Run, model: AFANet, config: Config) -> None:
         return F.interpolate(merged, image.shape[-2:], mode="bilinear", align_corners=False)[0].softmax(0)
 
     write_segmentations(run, run.val or run.train, probabilities_of, DenseCRF(CRF) if config.segment_crf else None)
-    measure_masks(run, "segmentation", "segmentation")
-    if config.segment_crf:
-        measure_masks(run, "segmentation_crf", "segmentation+crf")
+    measure_segmentations(run, config.segment_crf)
 
 
 def main(config: Config) -> dict:
