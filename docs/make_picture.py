@@ -9,21 +9,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from recipes.pipeline.data import load_dataset
+from recipes.pipeline.files import load_arrays, load_mask, read_settings
 from recipes.pipeline.pictures import Example, picture
-from recipes.pipeline.run import load_mask
 
 
 def main(run: Path, names: list[str]) -> None:
     """One row per image of ``names``: photograph, CAM, refined mask, truth."""
-    dataset = load_dataset(yaml.safe_load((run / "config.yaml").read_text())["data"])
+    dataset = load_dataset(read_settings(run)["data"])
     rows = []
     for name in names:
-        with np.load(run / "cam" / f"{name}.npz") as stored:
-            cam = stored["cam"].astype(np.float32)
+        cam = load_arrays(run / "cam" / f"{name}.npz")["cam"].astype(np.float32)
         mask = load_mask(run / "mask_crf" / f"{name}.png", dataset.palette_index)
         rows.append(Example(np.asarray(dataset.image(name)), cam, mask, dataset.mask(name)))
     target = Path(__file__).parent / "images" / "irn-demo.png"

@@ -1,4 +1,4 @@
-"""Write docs/results.md from finished runs, so that no figure in it is typed by hand.
+"""Write docs/results.md and the README's table of figures from finished runs, so that none is typed by hand.
 
 python docs/make_results.py [RUN_OR_FOLDER_OF_RUNS ...]
 
@@ -13,15 +13,17 @@ import re
 import sys
 from pathlib import Path
 
-import yaml
-
 from recipes.cli import discover
+from recipes.pipeline.files import read_settings, run_folders, write_text
 from recipes.pipeline.report import repeat_command
-from recipes.pipeline.results import Results, markdown, record_of, write_text
-from recipes.pipeline.tables import run_folders
+from recipes.pipeline.results import NOT_RUN, Results, markdown, record_of
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "data"
+README = HERE.parent / "README.md"
+FIGURES = re.compile(
+    r"(?<=<!-- figures: written by docs/make_results.py -->\n).*(?=<!-- end of figures -->)", re.DOTALL
+)
 TITLE = """# Results
 
 Of all systems, on photographs and on the built-in demo data, both written by `docs/make_results.py` from finished
@@ -155,13 +157,26 @@ def main(folders: list[Path]) -> None:
             pictures.append(f"images/results_{part}_{name}")
             write_text(HERE / pictures[-1], svg)
         lines += [introduction, *markdown(results, pictures, level=3)]
+        if part == "runs":
+            before, after = FIGURES.split(README.read_text(encoding="utf-8"))
+            write_text(README, before + figures(results) + after)
     write_text(HERE / "results.md", "\n".join(lines))
+
+
+def figures(results: Results) -> str:
+    """The table of all systems without those that were not run, which are named below it."""
+    (_, _, *titles), rows = results.overview()[0].header, results.overview()[0].rows
+    lines = [f"| recipe | {' | '.join(titles)} |", "| --- |" + " --: |" * len(titles)]
+    absent = [name for name, found, *_ in rows if found == NOT_RUN]
+    lines += [f"| [{name}](recipes/{name}.py) | {' | '.join(row)} |" for name, found, *row in rows if found != NOT_RUN]
+    if absent:
+        lines += ["", f"Not run on photographs yet: {', '.join(absent)}."]
+    return "\n".join([*lines, ""])
 
 
 def keep(folder: Path) -> None:
     """Write ``data/PART/NAME.json``: the record of a run without places of this machine, and its command."""
-    record = record_of(folder)
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    record, config = record_of(folder), read_settings(folder)
     on_demo = str(record["data"]).startswith("demo")
     name = _named(folder.name, record["seed"])
     record["reused"] = record["reused"] and _named(record["reused"], record["seed"])

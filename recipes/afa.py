@@ -31,18 +31,20 @@ from torch import Tensor, nn
 from recipes.cli import run_recipe
 from recipes.pipeline.attention import Attended, AttendingTrunk, freeze_norms, with_random_weights
 from recipes.pipeline.cams import write_maps
-from recipes.pipeline.labels import measure_cams, measure_masks, refine_masks, write_masks
+from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
+from recipes.pipeline.segmentation import measure_segmentations, write_segmentations
 from recipes.pipeline.segmenter import SegFormerHead
 from recipes.pipeline.training import FramedCrops, Moment, RandomLongSide, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, scaled_size, views
-from recipes.settings.afa import PRESETS, AFAConfig, Config
+from recipes.settings.afa import CRF, PRESETS, AFAConfig, Config
 from wsss_losses import AFATerms, afa_loss
 from wsss_modules import (
     AffinityRandomWalk,
     AttentionAffinityHead,
     CAMHead,
+    DenseCRF,
     PixelAdaptiveRefinement,
     denormalize_images,
     labels_to_affinity,
@@ -208,15 +210,16 @@ def merge_views(logits: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x[:1] + x[1:].flip(-1)) / 2 for x in large]).amax(0)
 
 
-def write_segmentation(run: Run, model: AFANet, scales: Sequence[float]) -> None:
-    def mask_of(name: str) -> Tensor:
-        image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
-        at_each_scale = views(image, model, scales, multiple=model.trunk.output_stride)
-        merged = merge_views([model(x).seg_logits for x in at_each_scale])
-        return F.interpolate(merged, image.shape[-2:], mode="bilinear", align_corners=False)[0].argmax(0)
+def segment(run: Run, model: AFANet, config: Config) -> None:
+    """Masks of the decoder, and those that a dense CRF refines."""
 
-    write_masks(run, run.val or run.train, mask_of, "segmentation")
-    measure_masks(run, "segmentation", "segmentation")
+    def probabilities_of(image: Tensor) -> Tensor:
+        at_each_scale = views(image, model, config.test_scales, multiple=model.trunk.output_stride)
+        merged = merge_views([model(x).seg_logits for x in at_each_scale])
+        return F.interpolate(merged, image.shape[-2:], mode="bilinear", align_corners=False)[0].softmax(0)
+
+    write_segmentations(run, run.val or run.train, probabilities_of, DenseCRF(CRF) if config.segment_crf else None)
+    measure_segmentations(run, config.segment_crf)
 
 
 def main(config: Config) -> dict:
@@ -236,7 +239,7 @@ def main(config: Config) -> dict:
         refine_masks(run, config.mask_crf)
 
     with run.stage("segment", "Masks of the decoder"):
-        write_segmentation(run, model, config.test_scales)
+        segment(run, model, config)
 
     return finish(run)
 

@@ -37,10 +37,11 @@ from recipes.cli import run_recipe
 from recipes.pipeline.cams import save_cam
 from recipes.pipeline.classification import make_trunk
 from recipes.pipeline.data.boxes import BoxedCrops, Boxes, boxes_for, flat_boxes
+from recipes.pipeline.files import save_mask
 from recipes.pipeline.labels import measure_cams, measure_masks, read_mask
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, save_mask, start
+from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import measure_segmentation
 from recipes.pipeline.segmenter import DEEPLAB_RATES, SegmentConfig, Segmenter
 from recipes.pipeline.training import Moment, RandomScale, crop_transform, fit, two_speed_groups

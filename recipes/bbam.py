@@ -38,10 +38,11 @@ from recipes.cli import run_recipe
 from recipes.pipeline.cams import save_cam
 from recipes.pipeline.data.boxes import Boxes, boxes_for
 from recipes.pipeline.detection import Detector, train_detector
+from recipes.pipeline.files import load_arrays, save_arrays, save_mask
 from recipes.pipeline.instances import measure_instances, train_mask_head, write_instances
 from recipes.pipeline.labels import measure_cams, measure_masks
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, load_arrays, save_arrays, save_mask, start
+from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.views import image_tensor, view
 from recipes.settings.bbam import PRESETS, Config, ExplainConfig, MaskConfig

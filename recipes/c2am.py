@@ -35,10 +35,11 @@ from torchvision.transforms import v2
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import read_cam, write_cams
 from recipes.pipeline.classification import make_trunk, train_classifier
+from recipes.pipeline.files import load_tensors
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, load_tensors, start
+from recipes.pipeline.run import Run, start
 from recipes.pipeline.saliency import is_object, measure_saliency, read_saliency, save_saliency
 from recipes.pipeline.segmentation import segmentation_from_masks, segmentation_probabilities, train_segmentation
 from recipes.pipeline.segmenter import SegmentConfig

@@ -102,6 +102,10 @@ def run_recipe(module: ModuleType, argv: Sequence[str] | None = None) -> None:
         )
         if config.out is None:  # named after the script, so that an edited copy does not go on with the original's run
             config = dataclasses.replace(config, out=Path("runs") / f"{script.stem}-{preset}-s{config.seed}")
+        if getattr(config, "until", None) is not None:
+            from recipes.pipeline.run import check_until
+
+            check_until(config.until, script.stem, module)
         with _keeping_source(script, Path(config.out)):
             from recipes.pipeline.report import finish
             from recipes.pipeline.run import StoppedEarly
@@ -168,13 +172,17 @@ def evaluate(
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: expected a run directory or a folder of PNG masks, found no such folder")
+    from recipes.pipeline.files import read_metrics, read_settings
     from recipes.pipeline.remeasure import measure_folder, remeasure_run
-    from recipes.pipeline.tables import class_table, measurement_table, measurements, read_metrics
+    from recipes.pipeline.tables import class_table, measurement_table, measurements
 
     is_run = (path / "metrics.json").is_file()
+    for name, given in (("report", report), ("threshold", threshold is not None)):
+        if given and not is_run:
+            raise ValueError(f"{name}: expected a run directory to use it on, but {path} has no metrics.json")
     told = {"data": data, "labels": labels, "classes": classes}
     told |= {"train_list": train_list, "seed_list": seed_list, "val_list": val_list}
-    known = _config(path) if is_run else {}
+    known = read_settings(path) if is_run else {}
     dataset = _dataset({**known, **{key: value for key, value in told.items() if value is not None}}, path)
     console = _console()
 
@@ -211,7 +219,8 @@ def compare(
         html: also write a page with tables and plots to this file.
         csv: also write every measurement to this file, a line each.
     """
-    from recipes.pipeline.tables import comparison_table, protocol_differences, read_metrics, run_folders
+    from recipes.pipeline.files import read_metrics, run_folders, write_text
+    from recipes.pipeline.tables import comparison_table, protocol_differences
 
     if not runs:
         raise ValueError("runs: expected at least one run directory, got none")
@@ -222,7 +231,7 @@ def compare(
     for difference in protocol_differences(found):
         console.print(f"[yellow]not comparable:[/] {escape(difference)}", highlight=False)
     if html is not None or csv is not None:
-        from recipes.pipeline.results import Results, page, record_of, table_csv, write_text
+        from recipes.pipeline.results import Results, page, record_of, table_csv
 
         results = Results({str(folder): record_of(folder) for folder in folders})
         for file, text in ((html, page(results, "Runs side by side")), (csv, table_csv(results))):
@@ -264,7 +273,7 @@ def sweep(
         preset: the settings of all of them.
         seeds: each recipe runs once with each.
         out: folder of the runs and of results.md, results.html, results.csv; runs/sweep-PRESET by default.
-        without: recipes that are left out of `all`.
+        without: recipes that are left out; not `cam`, nor `c2am` where others need its saliency maps.
         data: as in `run`, like the options below.
         labels: tags file.
         classes: comma-separated classes.
@@ -273,12 +282,12 @@ def sweep(
         val_list: list of validation images.
         outside: for recipes that want them, a folder of photographs without any of the classes.
         outside_list: list of those to be used.
-        until: stop each run after this stage.
+        until: stop each run after this stage, which all of the recipes must have.
         max_steps: cut every stage short.
         workers: loader processes.
         accelerator: auto, cpu or cuda.
         precision: 32-true, 16-mixed or bf16-mixed.
-        count: folders of runs: those in them that are finished and have the same settings are not made again.
+        count: runs, or folders of them: those that are finished and have the same settings are not made again.
         dry_run: only show what would be run, in which order, and what it took before.
     """
     from recipes.pipeline.sweep import SweepConfig, plan_sweep, plan_table, run_sweep
@@ -302,14 +311,14 @@ def sweep(
         "accelerator": accelerator,
         "precision": precision,
     }
-    chosen = dict.fromkeys(found if names == ("all",) else names)
     config = SweepConfig(
-        recipes=tuple(name for name in chosen if name not in without),
+        recipes=found if "all" in names else tuple(dict.fromkeys(names)),
         preset=preset,
         seeds=seeds,
         out=out or Path("runs") / f"sweep-{preset}",
         options={key: value for key, value in options.items() if value is not None},
         count=count,
+        without=without,
     )
     console = _console()
     plan = plan_sweep(config, _import)
@@ -466,18 +475,14 @@ def _keeping_source(script: Path, folder: Path) -> Iterator[None]:
         yield
     finally:
         if (folder / "config.yaml").exists() and _first_process():
-            kept.write_bytes(source)
+            from recipes.pipeline.files import replacing
+
+            with replacing(kept) as file:
+                file.write(source)
 
 
 def _first_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    import yaml
-
-    file = folder / "config.yaml"
-    return yaml.safe_load(file.read_text()) if file.is_file() else {}
 
 
 def _dataset(options: Mapping[str, Any], path: Path) -> ImageSet:

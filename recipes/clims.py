@@ -14,6 +14,9 @@ Training starts from a classifier; IRN turns the maps into masks.
     python -m recipes run clims --preset paper --data voc:PATH      # VOC 2012, one GPU, CLIP of open_clip
     python -m recipes run clims --preset paper --data coco:PATH --clims.weights 2 14 1.25 0.2 --clims.threshold 0.285
 
+COCO's schedule is ``--clims.schedule.epochs 8 --clims.schedule.lr 5e-4 --clims.schedule.head-lr 5e-3``, and its walk
+ends at ``--walk.threshold 0.25``.
+
 The image-text model is whatever ``--critic.model`` names. CLIP is the published one (extra ``clip``; its weights are
 downloaded, or a file). ``conse`` needs no download: an ImageNet classifier read by the sentence embeddings of its
 classes (extra ``sentences``). ``captions`` is a small one trained on the captions of the data set, which the demo set

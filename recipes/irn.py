@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import read_cam, write_cams
 from recipes.pipeline.classification import train_classifier
+from recipes.pipeline.files import load_tensors, replacing, save_arrays
 from recipes.pipeline.labels import measure_cams, read_mask, refine_masks, write_masks
 from recipes.pipeline.models import Trunk, build_trunk
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, load_tensors, replacing, save_arrays, start
+from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import MaskedCrops, Moment, RandomScale, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, scaled_size, view

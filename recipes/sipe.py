@@ -31,10 +31,11 @@ from recipes import irn
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import CamConfig, save_cam, share_of_classes
 from recipes.pipeline.classification import ClassifyConfig, make_trunk
+from recipes.pipeline.files import load_arrays, save_arrays
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, load_arrays, save_arrays, start
+from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import FramedCrops, Moment, RandomLongSide, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, views

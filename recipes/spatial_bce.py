@@ -33,11 +33,12 @@ from torch import Tensor, nn
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import write_maps
 from recipes.pipeline.classification import make_trunk, train_classifier, whole_images
+from recipes.pipeline.files import load_arrays
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.ratios import read_ratios, write_ratios
 from recipes.pipeline.report import finish
-from recipes.pipeline.run import Run, load_arrays, start
+from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, views

@@ -21,6 +21,14 @@ def test_readme_lists_every_recipe_and_links_to_files_that_exist() -> None:
     assert {f"recipes/{name}.py" for name in discover()} <= set(links)
 
 
+def test_each_recipe_has_a_row_in_the_table_of_systems_which_says_where_it_ran() -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line[:2] == "| "]
+    verified = {row[3]: row[4] for row in rows if len(row) == 5}
+    for name in discover():
+        found = verified[f"[{name}](recipes/{name}.py)"]
+        assert ("photographs" in found) == any((ROOT / "docs" / "data" / "runs").glob(f"{name}-*.json")), name
+
+
 def test_readme_has_exactly_two_set_up_commands() -> None:
     commands = [line for line in README.splitlines() if "pip install" in line and line.startswith("python3 -m venv")]
     assert [command.rsplit(" && ", 1)[1] for command in commands] == [

@@ -11,9 +11,11 @@ from tests.recipes.synthetic import make_dataset, make_run
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """A copy of the records, and a page of their own."""
+    """A copy of the records and of the README, and a page of their own."""
     shutil.copytree(make_results.RECORDS, tmp_path / "data")
+    shutil.copy(make_results.README, tmp_path / "README.md")
     (tmp_path / "images").mkdir()
+    monkeypatch.setattr(make_results, "README", tmp_path / "README.md")
     monkeypatch.setattr(make_results, "HERE", tmp_path)
     monkeypatch.setattr(make_results, "RECORDS", tmp_path / "data")
     return tmp_path
@@ -24,6 +26,9 @@ def test_the_page_is_what_its_records_give(elsewhere):
     make_results.main([])
     kept = (make_results.Path(make_results.__file__).parent / "results.md").read_text(encoding="utf-8")
     assert page.read_text(encoding="utf-8") == kept, "run python docs/make_results.py"
+    readme = (make_results.Path(make_results.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert (elsewhere / "README.md").read_text(encoding="utf-8") == readme, "run python docs/make_results.py"
+    assert "| [cam](recipes/cam.py) | " in readme.split("<!-- figures")[1]
     for picture in (elsewhere / "images").iterdir():
         assert f"](images/{picture.name})" in kept
 

@@ -93,7 +93,8 @@ def pixel_to_prototype_contrast_loss(
         confident: pixels a prototype, as share of those of an image on the grid, taken from all images; 1/8 in the
             SEAM-based PPC, 1/16 in the EPS-based.
         semi_hard: first and last rank of the negatives, from 0 and without the last. With fewer than 1 + first classes
-            the first is the last class, with fewer classes than last the last is the number of classes.
+            the first is the last class, with fewer classes than last the last is the number of classes; those that
+            ``drop_absent`` leaves out don't count as classes.
         hard_ratio: in [0.5, 1]; what is harder than the n // 2 pixels that end there is left out as unsure.
         cross_prototype_weight: weight of the first term.
         cross_cam_weight: weight of the second.
@@ -101,7 +102,7 @@ def pixel_to_prototype_contrast_loss(
         mask_by_label: take the pixels of a prototype only from images that show its class.
         background_prototype: ``"constant"`` (released) or ``"low_foreground"``, see
             :func:`wsss_modules.estimate_prototypes`.
-        drop_absent: leave classes that no image of the batch shows out of all denominators.
+        drop_absent: leave classes that no image of the batch shows out of all denominators, as if there were none.
         grid: (h, w) that both views are resized to (bilinear, aligned corners); by default that of the second.
         sync: take all statistics over the processes of a distributed run.
         backend: ``"torch"``, ``"triton"`` (up to 32 bits and 128 prototypes), or ``"auto"``: Triton on a GPU.
@@ -360,7 +361,7 @@ class _Contrast:
         """Costs (P,) against the view's own and its semi-hard prototypes, and the logits of their own (P,)."""
         if self.triton:
             return self._by_kernel(view, view, self.views[view].classes, self.ranks)
-        return _semi_hard_costs(self.tables[view][view], self.views[view].classes, self.ranks)
+        return _semi_hard_costs(self.tables[view][view], self.views[view].classes, self.ranks, self.known.sum())
 
     def _by_kernel(
         self, pixels: int, prototypes: int, classes: Tensor, ranks: tuple[int, int]
@@ -386,10 +387,16 @@ def _intra_view(
     return values.sum() / member.any(0).sum()
 
 
-def _semi_hard_costs(logits: Tensor, classes: Tensor, ranks: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Costs (P,) of the pixels against the prototypes of these ranks, and the logits of their own (P,)."""
+def _semi_hard_costs(logits: Tensor, classes: Tensor, ranks: tuple[int, int], known: Tensor) -> tuple[Tensor, Tensor]:
+    """Costs (P,) of the pixels against the prototypes of these ranks, and the logits of their own (P,).
+
+    ``known`` prototypes count; the others have the last ranks.
+    """
     positive = logits.gather(1, classes[:, None])[:, 0]
-    negative = logits.topk(ranks[1], dim=1).values[:, ranks[0] :].logsumexp(1)
+    ranked = logits.topk(ranks[1], dim=1).values
+    rank = torch.arange(ranks[1], device=logits.device)
+    chosen = (rank >= (known - 1).clamp(max=ranks[0])) & (rank < known)
+    negative = torch.where(chosen, ranked, -torch.inf).logsumexp(1)
     return torch.logaddexp(positive, negative) - positive, positive
 
 

@@ -1,4 +1,4 @@
-"""One step of a random walk over the affinity of all pairs of cells within a window (AFA).
+"""A random walk, of one step as published, over the affinity of all pairs of cells within a window (AFA).
 
 Axes: B images, C maps, K foreground classes, h w cells, N = h w.
 """
@@ -16,9 +16,15 @@ __all__ = ["AffinityRandomWalk", "affinity_random_walk"]
 
 
 def affinity_random_walk(
-    x: Tensor, affinity: Tensor, *, radius: int = 8, power: float = 2.0, eps: float = 1e-4
+    x: Tensor,
+    affinity: Tensor,
+    *,
+    radius: int | None = 8,
+    power: float = 2.0,
+    eps: float = 1e-4,
+    n_steps: int = 1,
 ) -> Tensor:
-    r"""Move maps one step along affinities within a square window.
+    r"""Move maps along affinities within a square window, by one step unless more are asked for.
 
     .. math:: y_j = \sum_i T_{ij} x_i, \qquad T_{ij} = \frac{P_{ij}^\beta}{\sum_i P_{ij}^\beta + \epsilon}
 
@@ -28,10 +34,11 @@ def affinity_random_walk(
         x: (B, C, h, w) floating point, any range; each map walks alone.
         affinity: P, (B, N, N) floating point in [0, 1], symmetric, see :class:`AttentionAffinityHead`. Only its upper
             triangle within the window is read.
-        radius: reach of the window in cells along each axis, at least 0.
+        radius: reach of the window in cells along each axis, at least 0; None for all pairs.
         power: beta, above 0.
         eps: added to the sums, so that a cell that is like no other loses strength: 1e-4 for plain maps; 0.1 where the
             background walks along, which all maps of a cell lose alike.
+        n_steps: steps, at least 1. The released code can square its matrix, and does so 0 times.
 
     Returns:
         (B, C, h, w), in the dtype of ``x``.
@@ -66,25 +73,34 @@ def affinity_random_walk(
     size = (x.shape[2], x.shape[3])
     n_cells = size[0] * size[1]
     check_shape("affinity", affinity, (len(x), n_cells, n_cells), f"(B, N, N) for a grid of {size[0]} x {size[1]}")
-    _check_options(radius, power, eps)
+    _check_options(radius, power, eps, n_steps)
+    reach = max(size) if radius is None else radius
     dtype = torch.promote_types(torch.promote_types(x.dtype, affinity.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         itself = affinity.diagonal(dim1=1, dim2=2).to(dtype).pow(power).view(-1, 1, *size)
-        both = torch.cat([x.to(dtype), torch.ones_like(itself)], 1)  # the sums of weights walk along
         to_others = _moved_by_rows if x.device.type == "cpu" else _moved_by_offsets
-        moved = itself * both + to_others(both, affinity, radius, power)
-        return (moved[:, :-1] / (moved[:, -1:] + eps)).to(x.dtype)
+
+        def moved(maps: Tensor) -> Tensor:
+            return itself * maps + to_others(maps, affinity, reach, power)
+
+        first = moved(torch.cat([x.to(dtype), torch.ones_like(itself)], 1))  # the sums of weights walk along
+        total = first[:, -1:] + eps
+        maps = first[:, :-1] / total
+        for _ in range(n_steps - 1):
+            maps = moved(maps) / total
+        return maps.to(x.dtype)
 
 
 class AffinityRandomWalk(nn.Module):
-    """AFA's walk: background and present classes compete by a softmax and move one step along the affinity.
+    """AFA's walk: background and present classes compete by a softmax and move along the affinity.
 
     See :func:`present_softmax` and :func:`affinity_random_walk`.
 
     Args:
-        radius: reach of the window in cells along each axis.
+        radius: reach of the window in cells along each axis; None for all pairs.
         power: exponent of the affinities.
         eps: added to the sums of weights.
+        n_steps: steps of the walk.
         backgrounds: constant background scores; each gives scores of its own. Default: the low and the high one.
 
     Raises:
@@ -107,27 +123,33 @@ class AffinityRandomWalk(nn.Module):
 
     def __init__(
         self,
-        radius: int = 8,
+        radius: int | None = 8,
         *,
         power: float = 2.0,
         eps: float = 0.1,
+        n_steps: int = 1,
         backgrounds: tuple[float, ...] = (0.35, 0.55),
     ) -> None:
         super().__init__()
-        _check_options(radius, power, eps)
+        _check_options(radius, power, eps, n_steps)
         if not backgrounds:
             raise ValueError("backgrounds: expected at least one score, got none")
-        self.radius, self.power, self.eps, self.backgrounds = radius, power, eps, tuple(backgrounds)
+        self.radius, self.power, self.eps, self.n_steps = radius, power, eps, n_steps
+        self.backgrounds = tuple(backgrounds)
 
     def forward(self, cam: Tensor, affinity: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """CAMs (B, K, h, w), affinity (B, N, N) and labels (B, K) -> scores (B, 1 + K, h, w) for each background."""
         scores = torch.cat([present_softmax(cam, labels, background) for background in self.backgrounds], 1)
-        walked = affinity_random_walk(scores, affinity, radius=self.radius, power=self.power, eps=self.eps)
+        options = {"power": self.power, "eps": self.eps}
+        walked = affinity_random_walk(scores, affinity, radius=self.radius, n_steps=self.n_steps, **options)
         return walked.chunk(len(self.backgrounds), dim=1)
 
     def extra_repr(self) -> str:
         """Show the options."""
-        return f"radius={self.radius}, power={self.power}, eps={self.eps}, backgrounds={self.backgrounds}"
+        return (
+            f"radius={self.radius}, power={self.power}, eps={self.eps}, n_steps={self.n_steps}, "
+            f"backgrounds={self.backgrounds}"
+        )
 
 
 def _moved_by_offsets(x: Tensor, affinity: Tensor, radius: int, power: float) -> Tensor:
@@ -156,9 +178,11 @@ def _moved_by_rows(x: Tensor, affinity: Tensor, radius: int, power: float) -> Te
     return total.view(x.shape)
 
 
-def _check_options(radius: int, power: float, eps: float) -> None:
-    if radius < 0:
-        raise ValueError(f"radius: expected at least 0, got {radius}")
+def _check_options(radius: int | None, power: float, eps: float, n_steps: int) -> None:
+    if radius is not None and radius < 0:
+        raise ValueError(f"radius: expected at least 0 or None, got {radius}")
+    if n_steps < 1:
+        raise ValueError(f"n_steps: expected at least 1, got {n_steps}")
     if not power > 0:
         raise ValueError(f"power: expected a number above 0, got {power}")
     if eps < 0:

@@ -129,12 +129,13 @@ class GlobalReasoningUnit(nn.Module):
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """Move the running statistics as batch norm does."""
-        norm, momentum = self.norm, 0.1
+        norm = self.norm
+        assert norm.num_batches_tracked is not None  # for mypy
+        norm.num_batches_tracked.add_(1)
+        momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
         for kept, seen in ((norm.running_mean, mean), (norm.running_var, variance * (count / max(1, count - 1)))):
             assert kept is not None  # for mypy
             kept.copy_((1 - momentum) * kept + momentum * seen)
-        assert norm.num_batches_tracked is not None  # for mypy
-        norm.num_batches_tracked.add_(1)
 
     def _found(self, cells: Tensor, assignment: Tensor) -> Tensor:
         """What the nodes tell each other, as channels: (B, C, M)."""

@@ -335,7 +335,8 @@ def query_key(block: nn.Module, tokens: Tensor) -> QueryKey:
         ``query`` and ``key``, (B, J, T, d) each, differentiable.
 
     Raises:
-        TypeError: the block is of another kind.
+        TypeError: the block is of another kind, or its attention is more than products of queries and keys: relative
+            or rotary positions (BEiT, Swin, EVA, DINOv3), mixed heads (CaiT), channels (XCiT).
 
     Notes:
         Costs a sixth of the block once more. Outside of this the block runs as its author made it, fused attention
@@ -358,6 +359,14 @@ def query_key(block: nn.Module, tokens: Tensor) -> QueryKey:
             "block: expected norm1 and an attn with num_heads and qkv, or q and kv without spatial reduction, got "
             f"{type(block).__name__} with attn {type(attn).__name__}"
         )
+    more = sorted({name.partition(".")[0] for name, _ in attn.named_parameters()} - _PARTS)
+    if hasattr(attn, "rotate_half"):  # as timm marks rotary positions, which the model itself hands to the block
+        more.append("rotary positions")
+    if more:
+        raise TypeError(
+            f"block: expected attention by products of queries and keys alone, got {type(attn).__name__} with "
+            + ", ".join(more)
+        )
     normed = norm(tokens)
     if fused is not None:
         query, key = _split_heads(_first_two_thirds(fused, normed), 2, heads)
@@ -367,6 +376,10 @@ def query_key(block: nn.Module, tokens: Tensor) -> QueryKey:
     if getattr(attn, "q_norm", None) is not None:
         query, key = attn.q_norm(query), attn.k_norm(key)
     return QueryKey(query, key)
+
+
+# What the attention of a plain transformer is made of.
+_PARTS = {"qkv", "q", "kv", "q_norm", "k_norm", "norm", "proj"}
 
 
 def _first_two_thirds(linear: Any, x: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recipes.pipeline.files import load_arrays, save_arrays
 from recipes.pipeline.models import Trunk
-from recipes.pipeline.run import Run, load_arrays, save_arrays
+from recipes.pipeline.run import Run
 from recipes.pipeline.views import image_tensor, views
 from wsss_modules import merge_flip, multi_scale_cam
 

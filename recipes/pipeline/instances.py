@@ -19,7 +19,8 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from recipes.pipeline.data.boxes import Boxes, flat_boxes
 from recipes.pipeline.data.image_set import IGNORE, ImageSet
 from recipes.pipeline.detection import Detector
-from recipes.pipeline.run import Run, load_arrays, save_arrays
+from recipes.pipeline.files import load_arrays, save_arrays
+from recipes.pipeline.run import Run
 from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, view
 from wsss_losses import seed_growing_mask_loss

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from recipes.pipeline.cams import read_cam
 from recipes.pipeline.evaluation import evaluate_masks, measure_seeds
-from recipes.pipeline.run import Run, load_mask, save_mask
+from recipes.pipeline.files import load_mask, save_mask
+from recipes.pipeline.run import Run
 from recipes.pipeline.views import image_tensor
 from wsss_modules import IRN_CRF, cam_to_mask, dense_crf, unary_from_mask
 

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from recipes.pipeline.run import load_tensors
+from recipes.pipeline.files import load_tensors
 from wsss_modules import CAMHead, ResNet38
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -15,8 +15,9 @@ from torchvision import tv_tensors
 
 from recipes.pipeline.data.image_set import PHOTO_SUFFIXES, first_five
 from recipes.pipeline.data.voc import outside_images
+from recipes.pipeline.files import load_arrays, replacing, save_arrays
 from recipes.pipeline.models import Classifier, Trunk
-from recipes.pipeline.run import Run, load_arrays, replacing, save_arrays
+from recipes.pipeline.run import Run
 from recipes.pipeline.training import TaggedCrops
 from recipes.pipeline.views import image_tensor, scaled_size, view
 

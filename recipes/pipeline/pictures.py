@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from recipes.pipeline.run import replacing
+from recipes.pipeline.files import replacing
 
 IGNORE = 255
 

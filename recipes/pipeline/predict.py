@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from recipes.pipeline.data.image_set import PHOTO_SUFFIXES, read_photo
+from recipes.pipeline.files import replacing, save_mask
 from recipes.pipeline.pictures import class_colours, mask_overlay
 from recipes.pipeline.pretrained import Pretrained
-from recipes.pipeline.run import replacing, save_mask
 from recipes.pipeline.segmentation import segmentation_probabilities
 from recipes.pipeline.views import image_tensor
 from wsss_modules import DEEPLAB_CRF, dense_crf, unary_from_scores

@@ -11,7 +11,7 @@ import safetensors
 import safetensors.torch
 from torch import nn
 
-from recipes.pipeline.run import replacing
+from recipes.pipeline.files import replacing
 from recipes.pipeline.segmenter import SegmentConfig, Segmenter
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -77,7 +77,7 @@ def from_pretrained(folder: Path) -> Pretrained:
         config = SegmentConfig(**{**options, "weights": "random", "frozen_stages": 0})
         classes, palette = tuple(told["classes"]), tuple(told["palette_index"])
         network = Segmenter(config, 1 + len(classes), **told.get("shape", {}))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG}: not the configuration of a network of this version ({error})") from error
     _load(network.net, folder / WEIGHTS)
     return Pretrained(network.eval(), config, classes, palette)

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from recipes.pipeline.files import load_arrays, save_arrays
 from recipes.pipeline.labels import refine_mask
-from recipes.pipeline.run import Run, load_arrays, save_arrays
+from recipes.pipeline.run import Run
 from recipes.pipeline.views import image_tensor, scaled_size
 
 

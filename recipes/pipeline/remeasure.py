@@ -10,7 +10,7 @@ import numpy as np
 from recipes.pipeline.data import ImageSet
 from recipes.pipeline.data.image_set import first_five, read_mask
 from recipes.pipeline.evaluation import IGNORE, Measurement, evaluate_masks, measure_seeds
-from recipes.pipeline.run import load_arrays, load_mask
+from recipes.pipeline.files import load_arrays, load_mask
 from recipes.pipeline.tables import WHATS
 
 

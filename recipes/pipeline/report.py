@@ -11,7 +11,6 @@ import base64
 import importlib.metadata
 import importlib.util
 import io
-import json
 import math
 import os
 import platform
@@ -33,6 +32,7 @@ from PIL import Image
 
 from recipes.pipeline.data import ImageSet
 from recipes.pipeline.evaluation import BACKGROUND, Confusion, Measurement
+from recipes.pipeline.files import load_arrays, load_mask, read_curves, read_metrics, read_settings, write_text
 from recipes.pipeline.pictures import (
     CONFUSED,
     FALSE_FOREGROUND,
@@ -49,14 +49,13 @@ from recipes.pipeline.pictures import (
     resize_image,
     resize_mask,
 )
-from recipes.pipeline.run import Run, load_mask, replacing, settings
+from recipes.pipeline.run import Run, settings
 from recipes.pipeline.tables import (
     duration,
     measurements,
     peak_mb,
     percent,
     print_summary,
-    read_metrics,
     threshold_note,
     total_seconds,
 )
@@ -88,10 +87,10 @@ def write_report(run_dir: str | Path, dataset: ImageSet) -> Path:
 
     Raises:
         FileNotFoundError: ``run_dir`` is no run directory.
+        ValueError: a file in it is damaged.
     """
     folder = Path(run_dir)
-    metrics = read_metrics(folder)
-    config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").exists() else {}
+    metrics, config = read_metrics(folder), read_settings(folder)
     measured = measurements(metrics)
     stages = metrics.get("stages", {})
     recipe = str(metrics.get("recipe", ""))
@@ -128,8 +127,7 @@ def write_report(run_dir: str | Path, dataset: ImageSet) -> Path:
         )
     )
     path = folder / "report.html"
-    with replacing(path, "wb") as file:
-        file.write(page.encode())
+    write_text(path, page)
     return path
 
 
@@ -313,8 +311,8 @@ def _panels(
     truth = dataset.mask(name)
     panels = [("photograph", image)]
     if name in kinds["cam"]:
-        with np.load(kinds["cam"][name]) as stored:
-            keys, cam = stored["keys"].tolist(), stored["cam"]
+        stored = load_arrays(kinds["cam"][name])
+        keys, cam = stored["keys"].tolist(), stored["cam"]
         small_cam = resize_cam(cam, size)
         if len(keys) != 1:
             panels.append((f"CAM: {'strongest of all' if keys else 'no class'}", cam_overlay(image, small_cam)))
@@ -358,9 +356,10 @@ class _Mark:
 
 
 def _loss_charts(folder: Path, order: Sequence[str]) -> list[tuple[str, Markup]]:
-    """(stage, chart): the loss, smoothed over the raw values."""
-    charts = []
-    for stage, points in _curves(folder, order).items():
+    """(training, chart), those that are stages in ``order`` first: the loss, smoothed over the raw values."""
+    charts, curves = [], read_curves(folder)
+    for stage in (*(stage for stage in order if stage in curves), *(stage for stage in curves if stage not in order)):
+        points = curves[stage]
         losses = [(float(p["step"]), float(p["loss"])) for p in points if math.isfinite(p.get("loss", math.nan))]
         if len(losses) < 2:
             continue
@@ -371,13 +370,6 @@ def _loss_charts(folder: Path, order: Sequence[str]) -> list[tuple[str, Markup]]
         ]
         charts.append((stage, _chart(lines, "step", "loss")))
     return charts
-
-
-def _curves(folder: Path, order: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The points of ``curves/STAGE.jsonl``, stages in ``order``."""
-    files = {file.stem: file for file in sorted((folder / "curves").glob("*.jsonl"))}
-    stages = [*(stage for stage in order if stage in files), *(stage for stage in files if stage not in order)]
-    return {stage: [json.loads(line) for line in files[stage].read_text().splitlines()] for stage in stages}
 
 
 @dataclass(frozen=True)

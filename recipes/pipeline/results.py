@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
-import os
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup
 
+from recipes.pipeline.files import read_curves, read_metrics, read_settings
 from recipes.pipeline.plots import Spread, bars, scatter
 from recipes.pipeline.tables import (
     Comparison,
@@ -31,7 +29,6 @@ from recipes.pipeline.tables import (
     percent,
     processor_seconds,
     protocol_differences,
-    read_metrics,
     total_seconds,
 )
 
@@ -56,18 +53,16 @@ PARTS = {"classify": "the classifier", "segment": "the segmentation network"}
 
 def record_of(folder: Path) -> dict[str, Any]:
     """What a page needs of a run directory: metrics without curves, and those of its settings that must be alike."""
-    metrics = read_metrics(folder)
-    file = folder / "config.yaml"
-    config = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    metrics, config = read_metrics(folder), read_settings(folder)
     keys = ("recipe", "preset", "seed", "data", "classes", "stages", "measurements", "machine", "taken")
     record = {key: metrics[key] for key in keys if key in metrics}
     record["measurements"] = [{**m, "curve": []} for m in metrics["measurements"]]
     record["reused"] = Path(metrics["reused"]).name if "reused" in metrics else None
-    flat = dict(_flat(config))
     record["supervision"] = supervision(config)
-    named = {str(v) for key, v in flat.items() if key.endswith((".backbone", ".encoder")) and key[:8] != "segment."}
-    record["backbones"] = sorted(named)
+    # segmentation networks have an encoder instead, and are compared by their settings
+    record["backbones"] = sorted({str(value) for key, value in _flat(config) if key.endswith(".backbone")})
     record["steps"] = trained_steps(folder)
+    record["until"] = config.get("until")
     left_out = {"segment"} - set(metrics["stages"])  # of a run that was stopped before
     record["settings"] = {
         part: config[part] for part in (*PARTS, "max_steps") if part in config and part not in left_out
@@ -78,8 +73,8 @@ def record_of(folder: Path) -> dict[str, Any]:
 def trained_steps(folder: Path) -> dict[str, int]:
     """Steps of each training that a run has finished or taken over, in the order in which they ended."""
     weights = sorted((folder / "checkpoints").glob("*.pt"), key=lambda file: file.stat().st_mtime)
-    curves = [folder / "curves" / f"{file.stem}.jsonl" for file in weights if not file.stem.endswith(".partial")]
-    return {file.stem: json.loads(file.read_text().splitlines()[-1])["steps"] for file in curves if file.is_file()}
+    curves = read_curves(folder)
+    return {file.stem: curves[file.stem][-1]["steps"] for file in weights if file.stem in curves}
 
 
 def supervision(config: Mapping[str, Any]) -> str:
@@ -363,17 +358,6 @@ def table_csv(results: Results) -> str:
             row = [name, run.get("recipe"), run.get("seed"), m.what, m.split, m.images, m.threshold, m.threshold_from]
             writer.writerow([*row, *("" if math.isnan(x) else round(x, 4) for x in figures), *costs])
     return buffer.getvalue()
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part-{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def told(spread: Spread | None) -> str:

@@ -7,36 +7,37 @@ with the same command goes on where it was and ends with the same result.
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import dataclasses
 import errno
+import inspect
 import json
 import os
-import pickle
+import textwrap
 import threading
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, Any
+from types import ModuleType
+from typing import Any
 
-import numpy as np
 import psutil
 import torch
 import yaml
 from lightning_fabric import Fabric
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from recipes.pipeline.data import ImageSet, load_dataset
-from recipes.pipeline.data.image_set import voc_palette
 from recipes.pipeline.evaluation import Measurement
+from recipes.pipeline.files import ANEW, read_metrics, read_settings, replacing
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,42 @@ class StoppedEarly(Exception):
         self.run = run
 
 
+def stage_names(module: ModuleType) -> list[str]:
+    """The stages of a recipe, read from its source and the functions of recipes that it calls.
+
+    In a name that is put together, ``*`` stands for what is filled in.
+    """
+    names: dict[str, None] = {}
+    sources, seen = [(ast.parse(inspect.getsource(module)), vars(module))], set()
+    for tree, known in sources:
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "stage":
+                parts = call.args[0].values if isinstance(call.args[0], ast.JoinedStr) else call.args[:1]
+                names["".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in parts)] = None
+            function = inspect.unwrap(_called(call, known))
+            if inspect.isfunction(function) and function.__module__.startswith("recipes.") and function not in seen:
+                seen.add(function)
+                sources.append((ast.parse(textwrap.dedent(inspect.getsource(function))), function.__globals__))
+    return list(names)
+
+
+def _called(call: ast.Call, known: Mapping[str, Any]) -> Any:
+    """What is called by its name, or by that of its module and its own; None for anything else."""
+    match call.func:
+        case ast.Name(name):
+            return known.get(name)
+        case ast.Attribute(ast.Name(name), attribute) if inspect.ismodule(known.get(name)):
+            return getattr(known[name], attribute, None)
+    return None
+
+
+def check_until(until: str | None, recipe: str, module: ModuleType) -> None:
+    """Raise a ``ValueError`` if a recipe has no stage of that name, after which it could be stopped."""
+    known = [] if until is None else stage_names(module)
+    if until is not None and not any(fnmatchcase(until, name) for name in known):
+        raise ValueError(f"until: {recipe} has {', '.join(known) or 'no stages'}, but no {until!r}")
+
+
 class Run:
     """What the stages of one run share: ``config``, ``dataset``, ``fabric``, ``folder``, ``console``."""
 
@@ -127,10 +164,8 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        file = self.path("metrics.json")
-        if file.exists():
-            with reading(file):
-                return json.loads(file.read_text())
+        if self.path("metrics.json").exists():
+            return read_metrics(self.folder, ANEW)
         config = self.config
         return {
             "recipe": self.recipe,
@@ -309,19 +344,18 @@ def _open_folder(folder: Path, recipe: str, config: RunConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.rglob("*.part-*"):
         left_over.unlink()
-    file, wanted = folder / "config.yaml", {"recipe": recipe, **settings(config)}
-    if file.exists():
-        differing = differing_settings(read_settings(file), wanted)
+    wanted = {"recipe": recipe, **settings(config)}
+    if (folder / "config.yaml").exists():
+        differing = differing_settings(read_settings(folder, ANEW), wanted)
         if differing:
             told = "; ".join(differing)
             raise ValueError(f"out: {folder} holds a run with other settings ({told}); give another --out or remove it")
     kept = folder / "metrics.json"
     if kept.exists():  # before --until changes: a kill in between must not leave a run that seems whole
-        with reading(kept):
-            metrics = json.loads(kept.read_text())
+        metrics = read_metrics(folder, ANEW)
         with replacing(kept, "w") as out:
             json.dump({**metrics, "finished": False}, out, indent=1)
-    with replacing(file, "w") as out:
+    with replacing(folder / "config.yaml", "w") as out:
         yaml.safe_dump(wanted, out, sort_keys=False)
 
 
@@ -357,7 +391,7 @@ def _take_over(run: Run, source: Path, takes: Sequence[str]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             _link(file, target)
-    stages = _stages_of(source)
+    stages = read_metrics(source)["stages"]
     taken = {name: stages[name] for name in takes if name in stages}
     run.record(stages=taken, reused=str(source), taken=list(taken))
 
@@ -367,7 +401,7 @@ def _share(run: Run, source: Path, takes: Sequence[str]) -> None:
     if not takes:
         return
     taken: list[str] = []
-    told, finished = _differing(run, source, ORIGIN), _stages_of(source)
+    told, finished = _differing(run, source, ORIGIN), read_metrics(source)["stages"]
     if _has_its_own_classifier(run, source):
         told = ["this run has trained a classifier of its own"]
     for stage in takes:
@@ -401,133 +435,11 @@ def _link(file: Path, target: Path) -> None:
             copy.write(file.read_bytes())
 
 
-def _stages_of(source: Path) -> dict[str, Any]:
-    """The finished stages of another run, with what they cost."""
-    file = source / "metrics.json"
-    with reading(file, OF_ANOTHER_RUN):
-        return json.loads(file.read_text())["stages"]
-
-
 def _differing(run: Run, source: Path, keys: Sequence[str]) -> list[str]:
-    file = source / "config.yaml"
-    if not file.exists():
-        raise ValueError(f"reuse: expected a run folder with config.yaml, got {source}")
-    return differing_settings(read_settings(file, OF_ANOTHER_RUN), settings(run.config), keys)
-
-
-def read_settings(file: Path, advice: str | None = None) -> dict[str, Any]:
-    """What ``config.yaml`` says."""
-    with reading(file, ANEW if advice is None else advice):
-        found = yaml.safe_load(file.read_text())
-        if not isinstance(found, dict):
-            raise yaml.YAMLError(f"no settings in it, but {found!r}")
-        return found
-
-
-@contextmanager
-def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary file beside ``path`` and rename it to ``path`` once it is written whole.
-
-    Raises:
-        OSError: the disk is full, or whatever else the system says; ``path`` is as it was before.
-    """
-    part = path.with_name(f"{path.name}.part-{os.getpid()}-{threading.get_ident()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open(mode) as file:
-            yield file
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        cause: BaseException | None = error  # torch.save hides what the system said behind an error of its own
-        while cause is not None and getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            cause = cause.__context__
-        if isinstance(cause, OSError):
-            told = f"{cause.strerror}; make room, and the same command goes on where it stopped"
-            raise OSError(cause.errno, told, str(path)) from error
-        raise
-    finally:
-        part.unlink(missing_ok=True)
-
-
-# What broken files raise in the libraries that read them.
-_DAMAGE = (
-    OSError,
-    EOFError,
-    KeyError,
-    SyntaxError,
-    ValueError,
-    RuntimeError,
-    pickle.UnpicklingError,
-    yaml.YAMLError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-
-
-# What the system says that is no fault of the file; of one that was cut short it says EINVAL.
-_NOT_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
-
-ANEW = "Remove it, and the same command makes it anew"
-OF_ANOTHER_RUN = "It belongs to another run; give that one's command again, or leave it out"
-
-
-@contextmanager
-def reading(path: Path, advice: str = ANEW) -> Iterator[None]:
-    """Tell which file it is that can't be read, and what to do; by default it is one that a run has written.
-
-    Raises:
-        ValueError: the file is damaged, or holds a pickle.
-        OSError: the system can't read it, say for want of permission; that is told as it is.
-        torch.OutOfMemoryError: there is no room for what is in it.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except _DAMAGE as error:
-        if isinstance(error, OSError) and error.errno in _NOT_OF_THE_FILE:
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: cannot be read ({reason}); it is damaged or of another kind. {advice}") from error
-
-
-def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write a compressed ``.npz`` without pickles."""
-    with replacing(path) as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
-
-
-def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read what :func:`save_arrays` wrote; no pickle is ever loaded."""
-    with reading(path), path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-            raise ValueError("it holds other things than arrays")
-        return arrays
-
-
-def load_tensors(path: Path, device: str | torch.device = "cpu", *, advice: str = ANEW) -> dict[str, Any]:
-    """Read tensors, numbers and texts that torch saved; no other pickle is ever loaded."""
-    with reading(path, advice):
-        return torch.load(path, map_location=device, weights_only=True)
-
-
-def save_mask(path: Path, mask: np.ndarray, palette_index: Sequence[int]) -> None:
-    """Write ``mask`` (H, W), values 0..K or 255, as a palette PNG in the VOC colours."""
-    table = np.full(256, 255, dtype=np.uint8)
-    table[: len(palette_index)] = palette_index
-    picture = Image.fromarray(table[mask])
-    picture.putpalette(voc_palette().ravel().tolist())
-    with replacing(path) as file:
-        picture.save(file, format="PNG")
-
-
-def load_mask(path: Path, palette_index: Sequence[int]) -> np.ndarray:
-    """Read what :func:`save_mask` wrote: (H, W) uint8 with 0..K or 255."""
-    table = np.full(256, 255, dtype=np.uint8)
-    table[list(palette_index)] = np.arange(len(palette_index), dtype=np.uint8)
-    with reading(path), Image.open(path) as stored:
-        return table[np.asarray(stored)]
+    if not (source / "config.yaml").exists():
+        flag = "share" if run.config.reuse is None else "reuse"
+        raise ValueError(f"{flag}: expected a run folder with config.yaml, got {source}")
+    return differing_settings(read_settings(source), settings(run.config), keys)
 
 
 def _processor_seconds() -> float:

@@ -23,8 +23,9 @@ from torchvision.transforms import v2
 from recipes.pipeline.data import IGNORE, ImageSet
 from recipes.pipeline.data.image_set import first_five, listing
 from recipes.pipeline.evaluation import FIXED, evaluate_masks
+from recipes.pipeline.files import replacing
 from recipes.pipeline.labels import measured_lists
-from recipes.pipeline.run import Run, replacing
+from recipes.pipeline.run import Run
 
 FOLDER = "saliency"  # of a run
 SUFFIXES = (".png", ".npz")

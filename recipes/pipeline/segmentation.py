@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.pipeline.files import save_mask
 from recipes.pipeline.labels import measure_masks, read_mask
 from recipes.pipeline.pretrained import save_pretrained
-from recipes.pipeline.run import Run, save_mask
+from recipes.pipeline.run import Run
 from recipes.pipeline.segmenter import SegmentConfig, Segmenter
 from recipes.pipeline.training import (
     IGNORE,
@@ -42,8 +43,13 @@ def segmentation_from_masks(
 def measure_segmentation(run: Run, network: Segmenter, config: SegmentConfig) -> None:
     """Segment and measure the val images, or without any the training images."""
     segment(run, network, run.val or run.train, config)
+    measure_segmentations(run, config.crf)
+
+
+def measure_segmentations(run: Run, crf: bool) -> None:
+    """Measure what :func:`write_segmentations` wrote."""
     measure_masks(run, "segmentation", "segmentation")
-    if config.crf:
+    if crf:
         measure_masks(run, "segmentation_crf", "segmentation+crf")
 
 
@@ -102,14 +108,28 @@ def segment(
     run: Run, model: Segmenter, names: Sequence[str], config: SegmentConfig, folder: str = "segmentation"
 ) -> None:
     """Write ``FOLDER/IMAGE.png`` (and ``FOLDER_crf/IMAGE.png`` with ``config.crf``) for ``names``."""
-    crf = DenseCRF(DEEPLAB_CRF)
     model.to(run.fabric.device, memory_format=torch.channels_last).eval()
+
+    def probabilities_of(image: Tensor) -> Tensor:
+        return segmentation_probabilities(model, image, config.test_scales)
+
+    write_segmentations(run, names, probabilities_of, DenseCRF(DEEPLAB_CRF) if config.crf else None, folder)
+
+
+def write_segmentations(
+    run: Run,
+    names: Sequence[str],
+    probabilities_of: Callable[[Tensor], Tensor],
+    crf: DenseCRF | None,
+    folder: str = "segmentation",
+) -> None:
+    """Write the best class of ``probabilities_of(image)``, (1 + K, H, W), and with ``crf`` that of the refined ones."""
 
     @torch.no_grad()
     def work(name: str) -> None:
         image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
-        probabilities = segmentation_probabilities(model, image, config.test_scales)
-        if config.crf:
+        probabilities = probabilities_of(image)
+        if crf is not None:
             refined = crf(image[None], unary_from_scores(probabilities[None]))[0].argmax(0)
             save_mask(run.path(f"{folder}_crf", f"{name}.png"), refined.byte().cpu().numpy(), run.dataset.palette_index)
         mask = probabilities.argmax(0).byte().cpu().numpy()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recipes.pipeline.run import load_arrays, save_arrays
+from recipes.pipeline.files import load_arrays, save_arrays
 
 EncodeText = Callable[[Sequence[str]], Tensor]
 

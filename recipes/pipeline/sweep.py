@@ -29,9 +29,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from recipes.pipeline.data import ImageSet, load_dataset
+from recipes.pipeline.files import ANEW, read_metrics, read_settings, write_text
 from recipes.pipeline.report import repeat_command
-from recipes.pipeline.results import PLAIN, Results, markdown, page, record_of, table_csv, wants_saliency, write_text
-from recipes.pipeline.run import differing_settings, read_settings, reading, settings
+from recipes.pipeline.results import PLAIN, Results, markdown, page, record_of, table_csv, wants_saliency
+from recipes.pipeline.run import check_until, differing_settings, settings
 from recipes.pipeline.tables import duration, processor_seconds, total_seconds
 
 CUES = "c2am"  # learns saliency maps for those that need some, where the data set has none
@@ -44,8 +45,9 @@ WAIT = 5.0  # seconds between looks at what another sweep is running
 class SweepConfig:
     """What is to be run: ``recipes`` with ``preset`` and each of ``seeds``, in folders under ``out``.
 
-    ``options`` are flags that all runs get which know them; finished runs of the same settings in the folders ``count``
-    are not made again.
+    ``options`` are flags that all runs get which know them. Finished runs of the same settings are not made again if
+    they, or folders of them, are in ``count``. ``without`` are recipes that must not be among the runs, not even for
+    the sake of others.
     """
 
     recipes: tuple[str, ...]
@@ -54,6 +56,7 @@ class SweepConfig:
     out: Path
     options: Mapping[str, Any] = field(default_factory=dict)
     count: tuple[Path, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -99,15 +102,21 @@ def plan_sweep(config: SweepConfig, load: Callable[[str], ModuleType]) -> list[P
         load: name of a recipe to its module.
 
     Raises:
-        ValueError: no recipes or seeds, an unknown preset, bad data, or no images from outside for a recipe that needs
-            some.
+        FileNotFoundError: a folder to ``count`` that is not there.
+        ValueError: no recipes or seeds, an unknown preset or stage, bad data, no images from outside for a recipe that
+            needs some, or a recipe left out that the others need.
     """
-    if not config.recipes or not config.seeds:
-        raise ValueError("names: expected at least one recipe and one seed")
-    modules = {name: load(name) for name in (PLAIN, *config.recipes)}
-    for name, module in modules.items():
-        if config.preset not in module.PRESETS:
-            raise ValueError(f"preset: {name} has {', '.join(module.PRESETS)}, but no {config.preset!r}")
+    for place in config.count:
+        if not place.is_dir():
+            raise FileNotFoundError(f"count: there is no folder {place}")
+    chosen = [name for name in config.recipes if name not in config.without]
+    if not chosen or not config.seeds:
+        raise ValueError(f"{'seeds' if chosen else 'names'}: expected at least one, got none")
+    if PLAIN in config.without:
+        raise ValueError(
+            f"without: {PLAIN} can't be left out, the others take over its classifier and are compared with it"
+        )
+    modules = {name: _loaded(name, load, config) for name in (PLAIN, *chosen)}
     data = config.options.get("data", modules[PLAIN].PRESETS[config.preset].data)
     dataset = load_dataset(data, **{key: config.options.get(key) for key in LISTS})
     dataset.check()
@@ -120,12 +129,18 @@ def plan_sweep(config: SweepConfig, load: Callable[[str], ModuleType]) -> list[P
                 "--outside FOLDER, or leave it out"
             )
     if "saliency" in missing and CUES not in asked:
-        modules[CUES] = load(CUES)
+        if CUES in config.without:
+            wanting = ", ".join(name for name, found in asked.items() if wants_saliency(found))
+            raise ValueError(
+                f"without: {dataset.name} has no saliency maps, and {CUES} learns those that {wanting} would read; "
+                "leave out both or none"
+            )
+        modules[CUES] = _loaded(CUES, load, config)
         asked[CUES] = _settings(CUES, modules[CUES], config)
     elsewhere = [found for place in config.count for found in _settings_in(place)]
     first = [name for name in (PLAIN, CUES) if name in asked]
     plan = []
-    for seed in config.seeds:
+    for seed in dict.fromkeys(config.seeds):
         made: dict[str, Planned] = {}
         for name in (*first, *(name for name in asked if name not in first)):
             run = made[name] = _planned(name, modules[name], config, seed, made, missing)
@@ -134,6 +149,15 @@ def plan_sweep(config: SweepConfig, load: Callable[[str], ModuleType]) -> list[P
                 _count(run, elsewhere)
         plan += made.values()
     return plan
+
+
+def _loaded(name: str, load: Callable[[str], ModuleType], config: SweepConfig) -> ModuleType:
+    """A recipe that has the preset and the stage that are asked for."""
+    module = load(name)
+    if config.preset not in module.PRESETS:
+        raise ValueError(f"preset: {name} has {', '.join(module.PRESETS)}, but no {config.preset!r}")
+    check_until(config.options.get("until"), name, module)
+    return module
 
 
 def _settings(name: str, module: ModuleType, config: SweepConfig, **changes: Any) -> dict[str, Any]:
@@ -171,10 +195,11 @@ def _planned(
 
 
 def _settings_in(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The folders of runs in ``place`` with their settings, but for those that can't be read."""
-    for file in sorted(place.glob("*/config.yaml")):
+    """The folders of runs in ``place``, or itself, with their settings, but for those that can't be read."""
+    own = place / "config.yaml"
+    for file in [own] if own.is_file() else sorted(place.glob("*/config.yaml")):
         with suppress(ValueError):
-            yield file.parent, read_settings(file)
+            yield file.parent, read_settings(file.parent)
 
 
 def _count(run: Planned, elsewhere: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
@@ -188,21 +213,23 @@ def _count(run: Planned, elsewhere: Sequence[tuple[Path, Mapping[str, Any]]]) ->
 
 def _state(folder: Path, wanted: Mapping[str, Any]) -> tuple[str, str]:
     """(state, note) of a run in ``folder``: a run that went further than ``wanted`` is finished too."""
-    file = folder / "config.yaml"
-    if not file.is_file():
+    if not (folder / "config.yaml").is_file():
         return "new", ""
-    kept = folder / "metrics.json"
     try:
-        found = read_settings(file)
-        with reading(kept):
-            metrics = json.loads(kept.read_text()) if kept.is_file() else {}
+        found = read_settings(folder, ANEW)
+        metrics = read_metrics(folder, ANEW) if (folder / "metrics.json").is_file() else {}
     except ValueError as error:
         return "refused", str(error)
     differing = differing_settings(found, wanted)
     if differing:
-        return "refused", f"{folder} holds a run with other settings: {'; '.join(differing)}"
-    whole = metrics.get("finished", "machine" in metrics)  # runs of before this was recorded ended with their machine
-    return ("finished" if whole and found.get("until") in (None, wanted.get("until")) else "begun"), ""
+        told = "; ".join(differing)
+        return "refused", f"{folder} holds a run with other settings ({told}); give another --out or remove it"
+    return ("finished" if _ended(metrics) and found.get("until") in (None, wanted.get("until")) else "begun"), ""
+
+
+def _ended(metrics: Mapping[str, Any]) -> bool:
+    """Whether a run has come to its end; those of before this was recorded wrote their machine there."""
+    return bool(metrics.get("finished", "machine" in metrics))
 
 
 # Before: what it will take.
@@ -212,11 +239,12 @@ def plan_table(config: SweepConfig, plan: Sequence[Planned]) -> Table:
     """The runs in order with what they took before: of the processor, and by the clock."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold", show_footer=True)
     known = _known_costs(config)
-    costs = {run.name: known.get(run.recipe) for run in plan if run.state != "finished"}
+    costs = {run.name: known.get(run.recipe) for run in plan if run.state in ("new", "begun")}
+    refused = sum(run.state == "refused" for run in plan)
     sums = [sum(cost[i] for cost in costs.values() if cost is not None) for i in (0, 1)]
     unknown = sum(cost is None for cost in costs.values())
     table.add_column("", justify="right")
-    table.add_column("run", footer=f"{len(costs)} of {len(plan)} to make")
+    table.add_column("run", footer=f"{len(costs)} of {len(plan)} to make" + f", {refused} refused" * bool(refused))
     table.add_column("state")
     for title, total in zip(("processor", "by the clock"), sums, strict=True):
         table.add_column(title, justify="right", footer=duration(total))
@@ -233,25 +261,39 @@ def plan_table(config: SweepConfig, plan: Sequence[Planned]) -> Table:
 def _known_costs(config: SweepConfig) -> dict[str, tuple[float, float]]:
     """Recipe -> median seconds (processor, clock) of the finished runs with this preset, without what they took over.
 
-    Looked for in the sweep itself, in the folders that count and in the records of the documentation.
+    Looked for in the sweep itself, in the folders that count and in the records of the documentation. Of a sweep that
+    stops after a stage, up to that; of one that does not, only runs that did not either.
     """
-    files = [*RECORDS.glob("*/*.json")]
-    for place in (config.out, *config.count):
-        files += place.glob("*/metrics.json")
+    until = config.options.get("until")
     found: dict[str, list[tuple[float, float]]] = {}
-    for file in files:
-        metrics = json.loads(file.read_text())
+    for metrics in _known_runs(config):
         preset = metrics.get("preset") or metrics.get("command", "").partition("--preset ")[2].partition(" ")[0]
-        if preset != config.preset or "machine" not in metrics:
+        stages = list(metrics["stages"])
+        if preset != config.preset or not _ended(metrics) or until not in (metrics.get("until"), *stages):
             continue
+        if until in stages:
+            del stages[stages.index(until) + 1 :]
         taken = metrics.get("taken") or (["classify"] if metrics.get("reused") else [])
-        own = {stage: costs for stage, costs in metrics["stages"].items() if stage not in taken}
+        own = {stage: metrics["stages"][stage] for stage in stages if stage not in taken}
         clock = total_seconds(own)
         found.setdefault(metrics["recipe"], []).append((processor_seconds(own) or clock, clock))
     return {
         recipe: (statistics.median(cpu for cpu, _ in costs), statistics.median(clock for _, clock in costs))
         for recipe, costs in found.items()
     }
+
+
+def _known_runs(config: SweepConfig) -> Iterator[dict[str, Any]]:
+    """Records, and what can be read of the runs at hand, with the stage after which each was to stop, if any."""
+    for file in RECORDS.glob("*/*.json"):
+        record = json.loads(file.read_text())
+        *_, last = record["stages"]
+        # of before they said so, those that had not come to the segmentation, with which all recipes end
+        yield {"until": None if "segment" in record["stages"] else last, **record}
+    for place in (config.out, *config.count):
+        for folder, found in _settings_in(place):
+            with suppress(ValueError, FileNotFoundError):
+                yield {**read_metrics(folder), "until": found.get("until")}
 
 
 # The runs.
@@ -282,15 +324,8 @@ def run_sweep(
         run = waiting.popleft()
         needs = [other for other in (run.share, run.needs) if other is not None]
         with _alone(config.out / f"{run.name}.lock") as alone:
-            if not alone or any(other in waiting for other in needs):  # another sweep is at it
-                waiting.append(run)
-                passed_over += 1
-                if passed_over >= len(waiting):
-                    time.sleep(WAIT)
-                    passed_over = 0
-                continue
-            passed_over = 0
-            if not run.finished:
+            mine = alone and not any(other in waiting for other in needs)
+            if mine and not run.finished:
                 place = f"{len(plan) - len(waiting)}/{len(plan)}"
                 log = f"{time.strftime('%H:%M')}  {config.out / run.name}.log"
                 console.print(f"[bold]{place}  {run.name}[/]  [dim]{escape(log)}[/]", highlight=False, soft_wrap=True)
@@ -298,8 +333,18 @@ def run_sweep(
                 if why:
                     failed[run.name] = why
                     console.print(f"  [red]failed:[/] {escape(why)}", highlight=False, soft_wrap=True)
+        if not mine:  # another sweep is at it, or at what it needs
+            waiting.append(run)
+            passed_over += 1
+            if passed_over >= len(waiting):
+                time.sleep(WAIT)
+                passed_over = 0
+            continue
+        passed_over = 0
         write_page(config, plan, failed)
-    write_page(config, plan, failed)
+    for name, why in write_page(config, plan, failed).items():
+        failed[name] = why
+        console.print(f"[red]{name} is not in the results:[/] {escape(why)}", highlight=False, soft_wrap=True)
     console.print(f"results: {escape(str(config.out / 'results.html'))}", soft_wrap=True, highlight=False)
     return failed
 
@@ -308,7 +353,7 @@ def _make(config: SweepConfig, run: Planned, launch: Callable[[Sequence[str], Pa
     """Make one run; returns why it failed."""
     run.state, run.note = _state(run.folder, run.settings)
     if run.state == "refused":
-        return f"{run.note}; give another --out or remove it"
+        return run.note
     if run.needs is not None and not run.needs.finished:
         return f"it reads the saliency maps of {run.needs.name}, which is not finished"
     if run.share is not None and not run.share.finished:
@@ -379,11 +424,21 @@ def _alone(file: Path) -> Iterator[bool]:
 # After: the page.
 
 
-def write_page(config: SweepConfig, plan: Sequence[Planned], failed: Mapping[str, str]) -> None:
-    """Write results.md, results.html, results.csv and the plots of all runs that are finished."""
-    runs = {run.name: {**record_of(run.folder), "command": run.command} for run in plan if run.finished}
+def write_page(config: SweepConfig, plan: Sequence[Planned], failed: Mapping[str, str]) -> dict[str, str]:
+    """Write results.md, results.html, results.csv and the plots of all runs that are finished.
+
+    Returns:
+        Name of each of them that has a file which can't be read -> which one; the page says so too.
+    """
+    runs, damaged = {}, {}
+    for run in plan:
+        if run.finished:
+            try:
+                runs[run.name] = {**record_of(run.folder), "command": run.command}
+            except ValueError as error:
+                damaged[run.name] = str(error)
     systems = list(dict.fromkeys(run.recipe for run in plan))
-    results = Results(runs, systems, failed)
+    results = Results(runs, systems, {**failed, **damaged})
     data = next(iter(runs.values()))["data"] if runs else config.options.get("data", "demo")
     title = f"{len(systems)} systems on {data}, preset {config.preset}"
     plots = results.plots()
@@ -392,3 +447,4 @@ def write_page(config: SweepConfig, plan: Sequence[Planned], failed: Mapping[str
     write_text(config.out / "results.md", "\n".join([f"# {title}\n", *markdown(results, list(plots))]))
     write_text(config.out / "results.html", page(results, title))
     write_text(config.out / "results.csv", table_csv(results))
+    return damaged

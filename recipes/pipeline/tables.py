@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,35 +14,6 @@ from rich.table import Table
 from recipes.pipeline.evaluation import Measurement
 
 WHATS = ("seed", "mask", "mask+crf", "segmentation", "segmentation+crf")
-
-
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """``metrics.json`` of a run directory.
-
-    Raises:
-        FileNotFoundError: ``folder`` is no run directory.
-    """
-    file = folder / "metrics.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder}: expected a run directory with metrics.json, found none")
-    return json.loads(file.read_text())
-
-
-def run_folders(places: Iterable[Path]) -> list[Path]:
-    """The run directories among ``places``, and those in the folders among them that are none themselves.
-
-    Raises:
-        FileNotFoundError: one that neither is nor holds a run directory.
-    """
-    found = []
-    for place in places:
-        inside = (
-            [place] if (place / "metrics.json").is_file() else sorted(f.parent for f in place.glob("*/metrics.json"))
-        )
-        if not inside:
-            raise FileNotFoundError(f"{place}: expected a run directory with metrics.json, found none")
-        found += inside
-    return found
 
 
 def measurements(metrics: Mapping[str, Any]) -> list[Measurement]:

@@ -20,7 +20,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from recipes.pipeline.data import IGNORE, ImageSet
-from recipes.pipeline.run import Run, load_tensors, reading, replacing
+from recipes.pipeline.files import load_tensors, reading, replacing
+from recipes.pipeline.run import Run
 from recipes.pipeline.views import scaled_size
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from recipes.pipeline.run import RunConfig
 from recipes.pipeline.training import AdamSchedule
 from recipes.pipeline.transformers import TokenConfig
+from wsss_modules import DEEPLAB_CRF
+
+CRF = replace(DEEPLAB_CRF, gaussian_sxy=3.0, bilateral_sxy=64.0, bilateral_srgb=5.0)
+"""That of the published segmentations."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,8 @@ class AFAConfig:
     """The labels of a step and the training."""
 
     cam_scales: tuple[float, ...] = (1.0,)
-    """Sizes whose CAMs are merged in each step, each with its mirror image; the walk takes the affinity of the last."""
+    """Sizes whose CAMs are merged in each step, each with its mirror image; the walk takes the affinity of the
+    largest."""
     scaled_logits: bool = True
     """Read affinities off attention logits as softmax sees them, over the root of the width of a head, and at first off
     their mean, as fits blocks that start by attending to similar patches. The raw logits, published for a pretrained
@@ -66,6 +71,8 @@ class Config(RunConfig):
     """Refine all pseudo masks by a CRF, not only those that are measured; the network trains on neither."""
     test_scales: tuple[float, ...] = (1.0, 0.75, 1.25)
     """Sizes whose segmentations are merged, each with its mirror image."""
+    segment_crf: bool = False
+    """Also refine the segmentations by a dense CRF, as published."""
 
 
 # Windows are a quarter of the crop's side, as 8 of 32 cells are. The published steps are 20,000; `small` takes the 405
@@ -108,6 +115,7 @@ PRESETS = {
             ),
         ),
         test_scales=(1.0, 0.5, 0.75),
+        segment_crf=True,
     ),
     "tiny": Config(
         data="demo:tiny",
@@ -119,5 +127,6 @@ PRESETS = {
         ),
         scales=(1.0,),
         test_scales=(1.0,),
+        segment_crf=True,
     ),
 }

@@ -18,8 +18,9 @@ class ExploreConfig:
 
     side_channels: tuple[int, ...] = (128, 128, 256, 256)
     """Channels that the last stages of the backbone are projected to, as many stages as numbers."""
-    bg_weight: float = 0.5
-    """Weight of the background's overlap where seeds are found."""
+    bg_weight: float = 1.0
+    """Weight of the background's overlap where seeds are found; 1 counts it like a class. Released: 0.5, under which
+    most of the background is taken for objects here (42 photographs: recall of the background 41 % in place of 74)."""
     gsc_weight: float = 1.0
     """Weight of the agreement of both kinds of maps."""
     count_padding: bool = True
@@ -68,6 +69,7 @@ PRESETS = {
     # Only the last two stages of the backbone learn, as the released network detaches its second stage.
     "paper": Config(
         classify=replace(CLASSIFY["paper"], frozen_stages=3),
+        explore=ExploreConfig(bg_weight=0.5),
         cams=CAMS["paper"],
         relation=irn.PRESETS["paper"].relation,
         walk=sharpened(irn.PRESETS["paper"].walk),

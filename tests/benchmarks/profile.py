@@ -19,9 +19,12 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+
+from recipes.pipeline.files import write_text
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -66,22 +69,41 @@ def profile(recipe: str, stage: str, flags: list[str], rate: int) -> dict:
     return {"seconds": samples / rate, "rows": rows}
 
 
-def page() -> str:
-    """All stored profiles in Markdown."""
+def page(profiles: Mapping[str, dict]) -> str:
+    """Profiles by recipe in Markdown; stages that ran under other conditions than the first say under which."""
     parts = [
         "# Profiles\n\nWritten by `python -m tests.benchmarks.profile`: whole recipes under py-spy, stage by stage. A "
         "row is the innermost function of this library, or of the recipes, that a busy thread was in, and what it had "
-        "called; seconds are of busy threads, so two threads at work for a second count two.\n"
+        "called; seconds are of busy threads, so two threads at work for a second count two. Only the process of the "
+        "run is looked at: what its loader processes do, reading and augmenting images, is left out.\n"
     ]
-    for file in sorted(STORED.glob("*.json")):
-        stored = json.loads(file.read_text())
-        told = ", ".join(f"{key} {value}" for key, value in stored["conditions"].items())
-        parts.append(f"## {file.stem}\n\n{told}\n")
+    for recipe, stored in profiles.items():
+        conditions = {stage: _told(conditions_of(stored, stage)) for stage in stored["stages"]}
+        first = next(iter(conditions.values()), "")
+        parts.append(f"## {recipe}\n\n{first}\n")
         for stage, result in stored["stages"].items():
-            parts.append(f"### {stage}: {result['seconds']:,.0f} s\n\n| where | calls | share |\n| --- | --- | --: |")
+            parts.append(f"### {stage}: {result['seconds']:,.0f} s\n")
+            if conditions[stage] != first:
+                parts.append(f"{conditions[stage]}\n")
+            parts.append("| where | calls | share |\n| --- | --- | --: |")
             parts += [f"| `{r['ours']}` | {r['calls'] or '-'} | {100 * r['share']:.1f} % |" for r in result["rows"]]
             parts.append("")
     return "\n".join(parts)
+
+
+def conditions_of(stored: dict, stage: str) -> dict[str, str]:
+    """Under which conditions a stage ran; files of before each stage had its own have one set for all."""
+    return stored["stages"][stage].get("conditions", stored.get("conditions", {}))
+
+
+def _told(conditions: dict[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in conditions.items())
+
+
+def keep(stored: dict, stage: str, result: dict, conditions: dict[str, str]) -> dict:
+    """``stored`` with a stage profiled anew; the others keep the conditions that they ran under."""
+    stages = {name: {**found, "conditions": conditions_of(stored, name)} for name, found in stored["stages"].items()}
+    return {"stages": {**stages, stage: {**result, "conditions": conditions}}}
 
 
 def main() -> None:
@@ -105,13 +127,13 @@ def main() -> None:
     }
     file = STORED / f"{options.recipe}.json"
     stored = json.loads(file.read_text()) if file.exists() else {"stages": {}}
-    stored["conditions"] = conditions
-    STORED.mkdir(parents=True, exist_ok=True)
     for stage in options.stages:
-        stored["stages"][stage] = profile(options.recipe, stage, flags, options.rate)
-        print(f"{stage}: {stored['stages'][stage]['seconds']:.0f} s", flush=True)
-        file.write_text(json.dumps(stored, indent=1) + "\n")
-        (DOCS / "profiles.md").write_text(page())
+        result = profile(options.recipe, stage, flags, options.rate)
+        stored = keep(stored, stage, result, conditions)
+        print(f"{stage}: {result['seconds']:.0f} s", flush=True)
+        write_text(file, json.dumps(stored, indent=1) + "\n")
+        profiles = {path.stem: json.loads(path.read_text()) for path in sorted(STORED.glob("*.json"))}
+        write_text(DOCS / "profiles.md", page(profiles))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from recipes.pipeline.data.tags import read_tags
+from recipes.pipeline.files import load_arrays, load_mask, load_tensors, save_arrays, save_mask
 from recipes.pipeline.models import load_weights
 from recipes.pipeline.pretrained import from_pretrained
-from recipes.pipeline.run import RunConfig, load_arrays, load_mask, load_tensors, save_arrays, save_mask, start
+from recipes.pipeline.run import RunConfig, start
 from recipes.pipeline.saliency import saliency_source
 from tests.recipes.test_training import make_run, train
 

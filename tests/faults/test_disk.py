@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.pipeline.run import replacing, save_arrays, save_mask
+from recipes.pipeline.files import replacing, save_arrays, save_mask
 from tests.recipes.processes import command, run
 from tests.recipes.test_training import make_run, train
 

@@ -144,19 +144,19 @@ def test_gradient_reaches_features_and_no_map_or_prototype() -> None:
     assert grads[1:] == (None,) * 4
 
 
-def test_absent_classes_can_be_left_out() -> None:
-    batch = Batch.make(classes=6)
+@given(st.sets(st.integers(0, 5)), st.sampled_from([(0, 7), (3, 13), (1, 3)]))
+def test_absent_classes_can_be_left_out_as_if_there_were_none(shown: set[int], semi_hard: tuple[int, int]) -> None:
+    batch, kept = Batch.make(classes=6), sorted(shown)
     labels = torch.zeros(2, 6)
-    labels[:, [1, 4]] = 1
+    labels[:, kept] = 1
     batch = replace(batch, labels=labels)
     drawn, prototypes = batch.drawn(), batch.prototypes(2)
-    options = {"semi_hard": (0, 7)}
-    dropped = pixel_to_prototype_contrast_loss(*batch, *drawn, *prototypes, drop_absent=True, **options)
-    kept = [1, 4]
+    dropped = pixel_to_prototype_contrast_loss(*batch, *drawn, *prototypes, drop_absent=True, semi_hard=semi_hard)
     few = replace(batch, cam1=batch.cam1[:, kept], cam2=batch.cam2[:, kept], labels=labels[:, kept])
-    rows = [p[[0, 2, 5]] for p in prototypes]
-    torch.testing.assert_close(dropped, pixel_to_prototype_contrast_loss(*few, *drawn, *rows, **options))
-    assert dropped.total < pixel_to_prototype_contrast_loss(*batch, *drawn, *prototypes, **options).total
+    rows = [p[[0, *(k + 1 for k in kept)]] for p in prototypes]
+    torch.testing.assert_close(dropped, pixel_to_prototype_contrast_loss(*few, *drawn, *rows, semi_hard=semi_hard))
+    released = pixel_to_prototype_contrast_loss(*batch, *drawn, *prototypes, semi_hard=semi_hard)
+    assert (dropped.cross_prototype < released.cross_prototype) == (len(kept) < 6)
 
 
 def test_repaired_prototypes_are_estimated_from_present_classes() -> None:

@@ -137,12 +137,17 @@ def test_labels_are_read_at_the_corner_of_each_cell() -> None:
 # the walk
 
 
-@given(seeds, sizes, st.integers(0, 3), st.sampled_from([0.0, 1e-4, 0.1]))
-def test_walk_is_the_product_with_the_matrix(seed: int, size: tuple[int, int], radius: int, eps: float) -> None:
+@given(seeds, sizes, st.integers(0, 3) | st.none(), st.sampled_from([0.0, 1e-4, 0.1]), st.integers(1, 3))
+def test_walk_is_the_product_with_the_matrix(
+    seed: int, size: tuple[int, int], radius: int | None, eps: float, n_steps: int
+) -> None:
     affinity = affinities(size, seed)
     before, x = affinity.clone(), torch.rand(2, 3, *size, dtype=torch.float64)
-    expected = dense_walk(x, affinity, loop_window(size, radius), eps=eps)
-    torch.testing.assert_close(affinity_random_walk(x, affinity, radius=radius, eps=eps), expected)
+    expected = x
+    for _ in range(n_steps):
+        expected = dense_walk(expected, affinity, loop_window(size, max(size) if radius is None else radius), eps=eps)
+    options = {"radius": radius, "eps": eps, "n_steps": n_steps}
+    torch.testing.assert_close(affinity_random_walk(x, affinity, **options), expected)
     assert torch.equal(affinity, before)
 
 
@@ -166,7 +171,9 @@ def test_walk_over_the_identity_only_shrinks() -> None:
     (out,) = walk(cam, torch.eye(12)[None], labels)
     torch.testing.assert_close(out, present_softmax(cam, labels, 0.4) / 1.1)
     assert not out[:, 2].any()
-    assert "radius=2, power=2.0, eps=0.1, backgrounds=(0.4,)" in repr(walk)
+    assert "radius=2, power=2.0, eps=0.1, n_steps=1, backgrounds=(0.4,)" in repr(walk)
+    (twice,) = AffinityRandomWalk(radius=2, n_steps=2, backgrounds=(0.4,))(cam, torch.eye(12)[None], labels)
+    torch.testing.assert_close(twice, out / 1.1)
 
 
 def test_backgrounds_walk_together_as_they_walk_alone() -> None:
@@ -220,7 +227,8 @@ def test_max_pooling_classifier_sees_the_largest_feature() -> None:
             lambda: affinity_random_walk(torch.rand(1, 1, 2, 3), torch.rand(1, 4, 4)),
             r"affinity: expected shape \(1, 6, 6\) \(B, N, N\) for a grid of 2 x 3",
         ),
-        (lambda: AffinityRandomWalk(-1), "radius: expected at least 0"),
+        (lambda: AffinityRandomWalk(-1), "radius: expected at least 0 or None, got -1"),
+        (lambda: AffinityRandomWalk(n_steps=0), "n_steps: expected at least 1, got 0"),
         (lambda: AffinityRandomWalk(power=0), "power: expected a number above 0, got 0"),
         (lambda: AffinityRandomWalk(eps=-1), "eps: expected at least 0, got -1"),
         (lambda: AffinityRandomWalk(backgrounds=()), "backgrounds: expected at least one score"),

@@ -13,6 +13,7 @@ from wsss_modules import (
     AttentionSums,
     ClassTokenPool,
     GlobalWeightedRankPool,
+    MixTransformer,
     MultiClassTokenViT,
     PatchCAMHead,
     TokenEncoder,
@@ -25,6 +26,7 @@ from wsss_modules import (
     normalize_cam,
     patch_to_patch_attention,
     refine_with_patch_affinity,
+    token_encoder_from_vit,
 )
 
 
@@ -306,6 +308,40 @@ def test_scores_are_means_of_own_channels_and_of_the_signed_map() -> None:
     torch.testing.assert_close(out.logits, (out.class_logits + out.patch_logits) / 2)
     assert network(variant="v1")(torch.randn(1, 3, 16, 16)).cam is None
     assert ClassTokenPool()(torch.ones(1, 2, 4).half()).dtype == torch.float16
+
+
+class MiTPatches(nn.Module):
+    """The last stage of a Mix Transformer as patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = MixTransformer((8, 16, 24, 32), (1, 1, 1, 1), num_heads=(1, 2, 3, 4), export=0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images).features[-1]
+
+
+def encoder_on(kind: str) -> TokenEncoder:
+    if kind == "vit":
+        timm = pytest.importorskip("timm")
+        return token_encoder_from_vit(timm.create_model("vit_tiny_patch16_224", depth=2), 3, final_norm=False)
+    convolutions = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.ReLU(), nn.Conv2d(8, 32, 4, stride=4))
+    patches = MiTPatches() if kind == "mit" else convolutions
+    return TokenEncoder(patches, [TransformerBlock(32, 4) for _ in range(2)], 32, num_prefix=3, grid=(4, 4))
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2", "plus"])
+@pytest.mark.parametrize("kind", ["vit", "mit", "convolutions"])
+def test_class_tokens_read_any_backbone_on_grids_that_are_not_square(kind: str, variant: str) -> None:
+    net, images = MultiClassTokenViT(encoder_on(kind), 3, variant), torch.randn(2, 3, 48, 80)
+    found = net.localize(images)
+    assert found.cam.shape == (2, 3, 3, 5)
+    assert found.affinity.shape == (2, 15, 15)
+    assert refine_with_patch_affinity(found.cam, found.affinity).shape == found.cam.shape
+    out = found.output
+    labels, tokens = torch.tensor([[1, 0, 1], [0, 1, 0]]), out.class_tokens if variant == "plus" else None
+    mctformer_loss(out.class_logits, out.patch_logits, tokens, labels).total.backward()
+    assert all(parameter.grad.any() for parameter in net.encoder.patch_embed.parameters())
 
 
 @pytest.mark.parametrize(("variant", "modes"), [("v1", ["mct"]), ("v2", ["fused", "patchcam", "mct"])])

@@ -1,5 +1,6 @@
 """Boxes, cutting, reading and targets of L2G's crops."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -197,6 +198,18 @@ def test_target_is_that_of_all_pixels_one_by_one(seed: int, options: tuple[str, 
     torch.testing.assert_close(ours, theirs)
 
 
+@given(st.integers(0, 99), st.integers(1, 2), st.integers(1, 4), st.sampled_from(OPTIONS))
+def test_target_of_few_crops_and_classes(seed: int, n: int, classes: int, options: tuple[str, str, float]) -> None:
+    background, empty, threshold = options
+    scores, labels, saliency = crops(seed, n, classes)
+    theirs = reference_l2g.target_by_loops(scores, labels, saliency, threshold, background, empty)
+    for layout in (scores, scores.contiguous(memory_format=torch.channels_last)):
+        ours = local_attention_target(
+            layout, labels, saliency, threshold=threshold, background=background, empty_saliency=empty
+        )
+        torch.testing.assert_close(ours, theirs)
+
+
 @given(st.integers(0, 99))
 def test_target_without_saliency_is_the_winners_attention(seed: int) -> None:
     scores, labels, _ = crops(seed)
@@ -258,6 +271,33 @@ def test_maps_without_a_positive_value_teach_nothing(with_saliency: bool) -> Non
     assert local_attention_target(scores[:0], labels[:0], saliency[:0]).shape == (0, 4, 4, 5)
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("form", ["eager", "one graph"])
+@pytest.mark.parametrize("with_saliency", [False, True])
+def test_a_broken_map_breaks_its_own_channel_of_its_crop_and_no_other(
+    with_saliency: bool, form: str, wrong: float
+) -> None:
+    scores, _, saliency = crops(0)
+    labels = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0]])
+    broken = scores.clone()
+    broken[0, 2, 1, 3] = wrong  # present
+    broken[1, 2, 2, 2] = wrong  # absent, read on a CPU all the same: other crops have a class more
+    broken[:, 3, 0, 0] = wrong  # absent everywhere
+    broken[2, 0, 0, 0] = wrong  # background
+    options = {"saliency": saliency, "background": "value", "empty_saliency": "attention"} if with_saliency else {}
+    function = local_attention_target
+    if form == "one graph":
+        function = torch.compile(local_attention_target, fullgraph=True, backend="aot_eager")
+    target = function(broken, labels, **options)
+    assert target[0, 2].isnan().all()
+    assert target[2, 0].isnan().all()
+    without = scores.clone()
+    without[0, 2] = without[2, 0] = -1.0  # teach nothing
+    expected = local_attention_target(without, labels, **options)
+    expected[0, 2] = expected[2, 0] = math.nan
+    torch.testing.assert_close(target, expected, equal_nan=True)
+
+
 def test_target_in_half_precision_and_in_one_graph() -> None:
     scores, labels, saliency = crops(0)
     half = local_attention_target(scores.half(), labels, saliency.half(), background="value")
@@ -265,6 +305,8 @@ def test_target_in_half_precision_and_in_one_graph() -> None:
     exact = local_attention_target(scores.half().double(), labels, saliency.half().double(), background="value")
     torch.testing.assert_close(half.double(), exact, rtol=2**-10, atol=2**-20)
     compiled = torch.compile(local_attention_target, fullgraph=True, backend="aot_eager")
+    tied = torch.ones_like(scores)  # all classes are read there, in another order
+    torch.testing.assert_close(compiled(tied, labels), local_attention_target(tied, labels))
     torch.testing.assert_close(
         compiled(scores, labels, saliency, empty_saliency="attention"),
         local_attention_target(scores, labels, saliency, empty_saliency="attention"),

@@ -46,6 +46,18 @@ def test_a_single_cell_has_no_variance() -> None:
     assert all(value.isfinite().all() for value in unit.state_dict().values())
 
 
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_statistics_move_as_the_batch_norm_says(momentum: float | None) -> None:
+    unit, x = unit_and_map()
+    unit.norm.momentum = momentum
+    naive = copy.deepcopy(unit)
+    for _ in range(3):
+        unit.train()(x)
+        reference_graph.global_reasoning(naive.train(), x)
+        x = x.roll(1, 1) + 1
+    torch.testing.assert_close(unit.state_dict(), naive.state_dict())
+
+
 def test_another_batch_norm_in_its_place_is_called() -> None:
     unit, x = unit_and_map()
     plain = copy.deepcopy(unit)

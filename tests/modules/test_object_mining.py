@@ -52,6 +52,20 @@ def test_labels_equal_the_released_rules(seed: int, classes: int) -> None:
     assert torch.equal(mined[0], torch.from_numpy(expected))
 
 
+@given(st.integers(0, 10**6), st.sampled_from([10, 50, 100, 250]), st.booleans())
+def test_labels_of_few_grey_levels_equal_the_released_rules(seed: int, levels: int, double: bool) -> None:
+    """Ranges in which thresholds and the middle of two values are hit exactly, so that the rounding decides."""
+    rng = np.random.default_rng(seed)
+    attention, cam = ({k: rng.integers(0, levels + 1, (9, 11)).astype(np.uint8) for k in KEYS[:2]} for _ in range(2))
+    saliency = rng.choice([0, 25, 26, 31, 32, 178, 179, 229, 230, 255], (9, 11)).astype(np.uint8)
+    dtype, keys = torch.float64 if double else torch.float32, keys_of(cam)
+    label = background_extraction_label(stacked(attention).to(dtype), fraction(saliency), keys=keys)
+    assert torch.equal(label[0], torch.from_numpy(reference.initial_label(attention, saliency)))
+    label = torch.from_numpy(rng.choice([0, 0, *KEYS[:2]], (1, 9, 11)))
+    mined = potential_object_mining(label, stacked(cam).to(dtype), keys=keys, min_foreground=0)
+    assert torch.equal(mined[0], torch.from_numpy(reference.mined(label[0].numpy(), cam)))
+
+
 @given(st.integers(0, 10**6))
 def test_mining_only_turns_background_into_ignored(seed: int) -> None:
     attention, saliency = pictures(seed, 2)
@@ -183,7 +197,7 @@ def test_labels_compile() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_maps_in_half_precision_are_stretched_in_float32(dtype: torch.dtype) -> None:
+def test_maps_in_half_precision_are_stretched_in_full_precision(dtype: torch.dtype) -> None:
     attention, saliency = pictures(4, 2)
     exact = background_extraction_label(stacked(attention), fraction(saliency))
     assert torch.equal(background_extraction_label(stacked(attention).to(dtype), fraction(saliency)), exact)

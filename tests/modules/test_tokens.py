@@ -170,6 +170,57 @@ def test_queries_and_keys_of_separate_layers() -> None:
         query_key(block, x)
 
 
+class PlainAttention(nn.Module):
+    """As timm builds it, with room for more."""
+
+    def __init__(self, **more: object) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 2, nn.Linear(8, 24), nn.Linear(8, 8)
+        self.q_norm, self.k_norm, self.norm = nn.LayerNorm(4), nn.LayerNorm(4), nn.LayerNorm(8)
+        for name, part in more.items():
+            setattr(self, name, part)
+
+
+def block_around(attention: nn.Module, width: int = 8) -> nn.Module:
+    block = nn.Module()
+    block.norm1, block.attn = nn.LayerNorm(width), attention
+    return block
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"relative_position_bias_table": nn.Parameter(torch.zeros(9, 2))}, "relative_position_bias_table"),
+        ({"q_bias": nn.Parameter(torch.zeros(8))}, "q_bias"),
+        ({"proj_l": nn.Linear(2, 2), "proj_w": nn.Linear(2, 2)}, "proj_l, proj_w"),
+        ({"rotate_half": False}, "rotary positions"),
+    ],
+    ids=["relative positions", "biases apart", "mixed heads", "rotary positions"],
+)
+def test_attention_that_is_more_than_products_is_refused(more: dict[str, object], named: str) -> None:
+    x = torch.randn(2, 5, 8)
+    query, _ = query_key(block_around(PlainAttention(gate=nn.Identity())), x)
+    assert query.shape == (2, 2, 5, 4)
+    with pytest.raises(TypeError, match=f"products of queries and keys alone, got PlainAttention with {named}"):
+        query_key(block_around(PlainAttention(**more)), x)
+
+
+def test_blocks_of_timm_are_told_apart() -> None:
+    timm = pytest.importorskip("timm")
+    from timm.models.beit import Attention as BEiTAttention
+    from timm.models.cait import TalkingHeadAttn
+    from timm.models.eva import EvaAttention
+    from timm.models.xcit import XCA
+
+    x = torch.randn(1, 5, 12)
+    eva = EvaAttention(12, 3, norm_layer=nn.LayerNorm)
+    for attention in (BEiTAttention(12, 3, qkv_bias=True), eva, TalkingHeadAttn(12, 3), XCA(12, 3)):
+        with pytest.raises(TypeError, match=f"got {type(attention).__name__} with"):
+            query_key(block_around(attention, 12), x)
+    plain = timm.models.vision_transformer.Attention(12, 3, qk_norm=True, norm_layer=nn.LayerNorm)
+    assert query_key(block_around(plain, 12), x).query.shape == (1, 3, 5, 4)
+
+
 def test_block_messages() -> None:
     with pytest.raises(TypeError, match=r"block: expected norm1 and an attn .* got Linear with attn NoneType"):
         query_key(nn.Linear(3, 3), torch.zeros(1, 2, 3))

@@ -16,7 +16,7 @@ from PIL import Image
 import recipes
 from recipes.pipeline.data.image_set import FileAnnotations, ImageSet, index_table
 from recipes.pipeline.evaluation import evaluate_masks, measure_seeds
-from recipes.pipeline.run import load_mask, save_arrays, save_mask
+from recipes.pipeline.files import load_mask, save_arrays, save_mask
 
 CLASSES = ("cat", "cow & calf")
 KEPT = (8, 10)  # their indices in VOC

@@ -1,10 +1,14 @@
 """AFA's labels of a step, and backbones whose attention can be read."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from recipes import afa
 from recipes.pipeline.attention import AttendingTrunk
+from recipes.pipeline.run import start
 from recipes.pipeline.training import AdamSchedule, warmup_adamw
 from recipes.pipeline.transformers import TokenConfig
 
@@ -53,6 +57,16 @@ def test_views_are_merged_by_the_largest_score() -> None:
     low, high = torch.zeros(2, 2, 4, 4), torch.ones(2, 2, 2, 2)
     high[1] = 3.0
     assert torch.equal(afa.merge_views([low, high]), torch.full((1, 2, 4, 4), 2.0))
+
+
+@pytest.mark.parametrize("crf", [False, True])
+def test_a_crf_refines_the_masks_of_the_decoder_if_asked(crf: bool, tmp_path: Path) -> None:
+    config = replace(afa.PRESETS["tiny"], out=tmp_path, workers=0, accelerator="cpu", segment_crf=crf)
+    run = start("afa", config, takes=())
+    model = afa.AFANet(AttendingTrunk(HYBRID), len(run.dataset.classes), config.afa).eval()
+    afa.segment(run, model, config)
+    written = {folder.name: len(list(folder.glob("*.png"))) for folder in tmp_path.glob("segmentation*")}
+    assert written == dict.fromkeys(["segmentation", "segmentation_crf"] if crf else ["segmentation"], len(run.val))
 
 
 def test_warm_up_may_start_from_a_given_share() -> None:

@@ -9,7 +9,8 @@ import torch
 
 from recipes import bana
 from recipes.pipeline.data.boxes import read_boxes
-from recipes.pipeline.run import Run, save_mask, start
+from recipes.pipeline.files import save_mask
+from recipes.pipeline.run import Run, start
 from recipes.pipeline.training import crop_transform
 
 TINY = bana.PRESETS["tiny"]

@@ -19,6 +19,7 @@ from recipes.cli import main, run_recipe
 from recipes.pipeline import data
 from recipes.pipeline.evaluation import Measurement
 from recipes.pipeline.tables import comparison_table, percent, protocol_differences
+from tests.faults.test_disk import fill_up
 from tests.recipes.synthetic import install_toy, make_dataset, make_run
 
 ROOT = Path(recipes.__path__[0]).parent
@@ -109,8 +110,9 @@ def test_list_finds_the_presets_that_a_script_imports_and_its_own(tmp_path, monk
     assert found["only"] == ("mine",)
 
 
-def test_list_and_help_do_not_wait_for_torch():
-    code = "import sys; from recipes.cli import main; main(['list']); sys.exit('torch' in sys.modules)"
+def test_list_help_and_tables_of_runs_do_not_wait_for_torch():
+    code = "import sys; from recipes.cli import main; main(['list']); import recipes.pipeline.results; "
+    code += "sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -152,6 +154,7 @@ def test_run_help_lists_every_field_with_its_comment(toy, capsys):
         (["run", "toy.py"], "error: recipe: toy.py is a script; run it as `python toy.py`"),
         (["run", "toy", "--preset", "huge"], "error: preset: expected one of demo, tiny, got 'huge'"),
         (["run", "toy", "--data", "voc:here [1]"], "error: data: expected demo, got 'voc:here [1]'"),
+        (["run", "cam", "--until", "mask"], "error: until: cam has classify, cams, masks, segment, but no 'mask'"),
         (["run", "toy", "--sed", "1"], "--sed"),
         (["run", "toy", "--seed", "one"], "--seed"),
         (["run"], "Missing from python -m recipes run: NAME"),
@@ -160,6 +163,11 @@ def test_run_help_lists_every_field_with_its_comment(toy, capsys):
         (["compare", "nowhere"], "error: nowhere: expected a run directory with metrics.json, found none"),
         (["compare"], "error: runs: expected at least one run directory, got none"),
         (["evaluate", "nowhere"], "error: nowhere: expected a run directory or a folder of PNG masks"),
+        (
+            ["evaluate", ".", "--report"],
+            "error: report: expected a run directory to use it on, but . has no metrics.json",
+        ),
+        (["evaluate", ".", "--threshold", "0.3"], "error: threshold: expected a run directory to use it on"),
         (["evaluate", "."], "error: data: . is no run directory, so --data must say where the ground truth is"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -206,6 +214,15 @@ def test_run_keeps_the_script_and_says_when_it_has_changed(toy, capsys):
     main(["run", "toy"])
     assert "toy.py has changed since runs/toy-demo-s0 was begun" in " ".join(capsys.readouterr().err.split())
     assert kept.read_bytes() == Path(toy.__file__).read_bytes()
+
+
+def test_a_full_disk_leaves_the_script_that_was_kept(toy, capsys, monkeypatch):
+    main(["run", "toy"])
+    kept = Path("runs/toy-demo-s0/recipe.py")
+    kept.write_text("another version")
+    fill_up(monkeypatch, room=10)
+    assert "make room" in fails(["run", "toy"], capsys)
+    assert kept.read_text() == "another version"
 
 
 def test_failed_start_leaves_no_folder(toy, capsys):
@@ -346,7 +363,7 @@ def test_evaluate_can_write_the_report_anew(run, capsys):
 def test_evaluate_of_an_empty_run_says_so(tmp_path, dataset, capsys):
     folder = tmp_path / "begun"
     folder.mkdir()
-    (folder / "metrics.json").write_text("{}")
+    (folder / "metrics.json").write_text(json.dumps({"recipe": "toy", "stages": {}, "measurements": []}))
     assert "there is nothing to measure" in fails(["evaluate", str(folder), "--data", "synthetic"], capsys)
 
 
@@ -465,6 +482,26 @@ def test_compare_warns_when_protocols_differ(run, edit, message):
 def test_compare_survives_a_measurement_that_is_nan(run):
     table = comparison_table({"a": change(run, 2, miou=math.nan), "b": change(run, 2, miou=None)})
     assert table.row_count == 2
+
+
+# files that can't be read
+
+NO_RUN = {
+    "metrics.json": ("", "{", "[1, 2]", '{"accuracy": 0.5}', '{"recipe": "toy", "stages": [], "measurements": []}'),
+    "config.yaml": ("", "{", "[1, 2]", "only text"),
+    "curves/classify.jsonl": ("", "{", "[1, 2]", '{"loss": 0.5}'),
+}
+
+
+@pytest.mark.parametrize("command", [["compare", "--html", "page.html"], ["evaluate", "--report"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(("file", "content"), [(file, content) for file in NO_RUN for content in NO_RUN[file]])
+def test_a_file_cut_short_or_of_another_kind_is_told_by_name(run, capsys, monkeypatch, command, file, content):
+    monkeypatch.chdir(run.parent)
+    (run / file).write_text(content)
+    told = fails([command[0], str(run), *command[1:]], capsys)
+    assert f"error: {run / file}: cannot be read (" in told
+    assert "Remove it and give the command of that run again, or leave that run out" in told
+    assert not Path("page.html").exists()
 
 
 # the end of a run

@@ -21,8 +21,9 @@ from rich.console import Console
 
 from recipes.pipeline import report
 from recipes.pipeline.evaluation import Measurement
+from recipes.pipeline.files import save_arrays, save_mask
 from recipes.pipeline.report import finish, repeat_command, write_report
-from recipes.pipeline.run import save_arrays, save_mask, settings
+from recipes.pipeline.run import settings
 from recipes.pipeline.tables import duration, percent
 from tests.recipes.synthetic import install_toy, make_dataset, make_run
 
@@ -224,6 +225,13 @@ def test_report_of_an_undecided_mask(run, dataset):
     name = dataset.train[0]
     save_mask(run / "mask" / f"{name}.png", np.full(dataset.size(name), 255, np.uint8), dataset.palette_index)
     assert "photo 00 worst, 0.0" in read(run, dataset).text
+
+
+def test_report_says_which_maps_are_damaged(run, dataset):
+    file = run / "cam" / "photo 00.npz"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"photo 00\.npz: cannot be read"):
+        write_report(run, dataset)
 
 
 def test_report_wants_a_run_directory(tmp_path, dataset):

@@ -191,6 +191,7 @@ def test_a_record_is_what_the_tables_need(tmp_path: Path) -> None:
         "classify": {"backbone": "lite", "schedule": {"epochs": 5}},
         "affinity": {"backbone": "lite", "schedule": {"epochs": 3}},
         "segment": {"encoder": "big", "schedule": {"epochs": 6}},
+        "student": {"network": {"encoder": "small"}},
     }
     (tmp_path / "metrics.json").write_text(json.dumps(run))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -206,6 +207,7 @@ def test_a_record_is_what_the_tables_need(tmp_path: Path) -> None:
     assert record["steps"] == {"classify": 75, "affinity": 90}
     assert record["settings"] == {"classify": config["classify"], "segment": config["segment"], "max_steps": None}
     assert record["reused"] == "cam-s0"
+    assert record["until"] is None
     assert "polarity" not in record
     del run["stages"]["segment"]
     (tmp_path / "metrics.json").write_text(json.dumps(run))

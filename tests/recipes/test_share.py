@@ -39,6 +39,12 @@ def test_share_takes_what_agrees(plain: Path, tmp_path: Path) -> None:
     assert run.metrics["taken"] == list(run.metrics["stages"]) == ["classify", "cams"]
 
 
+def test_a_folder_that_is_no_run_is_told_by_the_flag_that_named_it(tmp_path: Path) -> None:
+    for flag in ("share", "reuse"):
+        with pytest.raises(ValueError, match=f"{flag}: expected a run folder with config.yaml, got .*nowhere"):
+            start("other", replace(TINY, out=tmp_path / flag, **{flag: tmp_path / "nowhere"}))
+
+
 def test_share_leaves_the_cams_where_only_they_differ(plain: Path, tmp_path: Path, capsys) -> None:
     run = begin(tmp_path / "run", plain, cams=CamConfig(scales=(3.0,)))
     assert run.path("checkpoints/classify.pt").exists()

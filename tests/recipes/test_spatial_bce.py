@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from recipes import spatial_bce
-from recipes.pipeline.run import Run, save_arrays, start
+from recipes.pipeline.files import save_arrays
+from recipes.pipeline.run import Run, start
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from rich.console import Console
 import recipes
 from recipes import cli
 from recipes.pipeline import sweep
-from recipes.pipeline.run import settings
+from recipes.pipeline.run import check_until, settings, stage_names
 from recipes.pipeline.sweep import Planned, SweepConfig, plan_sweep, plan_table, run_logged, run_sweep
 from tests.recipes.synthetic import make_dataset
 from tests.recipes.test_results import measurement
@@ -155,25 +156,48 @@ def test_options_are_for_all_runs():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (SweepConfig((), "demo", (0,), Path("x")), "expected at least one recipe and one seed"),
-        (SweepConfig(("rw",), "demo", (), Path("x")), "expected at least one recipe and one seed"),
+        (SweepConfig((), "demo", (0,), Path("x")), "names: expected at least one, got none"),
+        (SweepConfig(("rw",), "demo", (), Path("x")), "seeds: expected at least one, got none"),
+        (SweepConfig(("rw",), "demo", (0,), Path("x"), without=("rw",)), "names: expected at least one, got none"),
         (SweepConfig(("rw",), "huge", (0,), Path("x")), "preset: cam has demo, small, paper, tiny, but no 'huge'"),
+        (SweepConfig(("rw",), "demo", (0,), Path("x"), without=("cam",)), "without: cam can't be left out"),
+        (
+            SweepConfig(("rw", "eps", "rca"), "demo", (0,), Path("x"), without=("c2am",)),
+            "without: synthetic has no saliency maps, and c2am learns those that eps, rca would read",
+        ),
+        (
+            SweepConfig(("rw", "bana"), "demo", (0,), Path("x"), {"until": "masks"}),
+            "until: bana has boxes, labels, segment, but no 'masks'",
+        ),
     ],
-    ids=["no recipe", "no seed", "preset"],
+    ids=["no recipe", "no seed", "all left out", "preset", "without cam", "without c2am", "until"],
 )
 def test_bad_plans_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         plan_sweep(config, load)
 
 
-def test_the_plan_says_what_it_will_take():
-    leave(Path("runs/all/rw-s7"), "rw", 7)
-    config = asked("rw", "irn")
-    carry_out(asked("cam"))
+def test_a_seed_given_twice_is_run_once():
+    assert [run.name for run in plan_sweep(asked("rw", seeds=(1, 1)), load)] == ["cam-s1", "rw-s1"]
+
+
+def told_of(config: SweepConfig) -> list[str]:
+    """The lines of the table of what will be run."""
     console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 - rich wants it open
     console.print(plan_table(config, plan_sweep(config, load)))
     console.file.close()
-    told = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    return [" ".join(line.split()) for line in console.export_text().splitlines()]
+
+
+def test_a_refused_run_is_none_of_those_to_make():
+    leave(Path("runs/all/rw-s0"), "rw", 0, threshold=0.5)
+    assert any(line.startswith("2 of 3 to make, 1 refused") for line in told_of(asked("rw", "irn")))
+
+
+def test_the_plan_says_what_it_will_take():
+    leave(Path("runs/all/rw-s7"), "rw", 7)
+    carry_out(asked("cam"))
+    told = told_of(asked("rw", "irn"))
     assert "1 cam-s0 finished - -" in told
     assert "2 rw-s0 new 20.0 s 1 min 00 s" in told
     assert "3 irn-s0 new - -" in told
@@ -183,6 +207,7 @@ def test_the_plan_says_what_it_will_take():
 def test_what_it_takes_leaves_out_what_was_taken_over(tmp_path):
     record = {"recipe": "irn", "machine": {}, "command": "python -m recipes run irn --preset demo --seed 1"}
     record |= {
+        "until": None,
         "reused": "cam-s0",
         "stages": {**STAGES, "relations": {"seconds": 9.0, "cpu_seconds": 4.0, "peak_mb": 1}},
     }
@@ -190,6 +215,28 @@ def test_what_it_takes_leaves_out_what_was_taken_over(tmp_path):
     (tmp_path / "records" / "demo" / "irn-s1.json").write_text(json.dumps(record))
     assert sweep._known_costs(asked("irn")) == {"irn": (4.0, 9.0)}
     assert sweep._known_costs(dataclasses.replace(asked("irn"), preset="small")) == {}
+
+
+def test_what_it_takes_is_that_of_runs_that_went_as_far(tmp_path):
+    seconds = {"classify": 60.0, "cams": 10.0, "masks": 2.0, "segment": 100.0}
+    costs = {stage: {"seconds": clock, "peak_mb": 1.0} for stage, clock in seconds.items()}
+    for name, changes, metrics in (
+        ("cam-s0", {}, {"stages": costs}),
+        ("cam-s1", {"until": "cams"}, {"stages": {stage: costs[stage] for stage in ("classify", "cams")}}),
+        ("cam-s2", {}, {"stages": {"classify": costs["classify"]}, "finished": False}),
+    ):
+        leave(Path("runs/all") / name, "cam", int(name[-1]), **changes)
+        file = Path("runs/all") / name / "metrics.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **metrics}))
+    (Path("runs/all/cam-s3")).mkdir()
+    (Path("runs/all/cam-s3/config.yaml")).write_text("recipe: cam")
+    (Path("runs/all/cam-s3/metrics.json")).write_text('{"recipe": "cam", "sta')  # cut short
+    old = {"recipe": "cam", "preset": "demo", "machine": {}, "stages": {"classify": costs["classify"]}}
+    (tmp_path / "records" / "demo").mkdir(parents=True)
+    (tmp_path / "records" / "demo" / "cam-s9.json").write_text(json.dumps(old))
+    assert sweep._known_costs(asked("cam")) == {"cam": (172.0, 172.0)}
+    assert sweep._known_costs(asked("cam", until="cams")) == {"cam": (70.0, 70.0)}
+    assert sweep._known_costs(asked("cam", until="classify")) == {"cam": (60.0, 60.0)}
 
 
 # The runs.
@@ -251,6 +298,13 @@ def test_runs_elsewhere_count_if_their_settings_are_the_same():
     assert "| cam | 0 | 40.0 |" in Path("runs/all/results.md").read_text()
 
 
+def test_a_run_counts_by_its_own_folder_too_and_one_that_is_not_there_is_told():
+    leave(Path("others/plain"), "cam", 0)
+    assert carry_out(asked("cam", count=(Path("others/plain"),)))[0].made == []
+    with pytest.raises(FileNotFoundError, match="count: there is no folder others/plane"):
+        plan_sweep(asked("cam", count=(Path("others/plane"),)), load)
+
+
 def test_a_folder_of_other_settings_is_not_touched():
     leave(Path("runs/all/rw-s0"), "rw", 0, threshold=0.5)
     machine, failed = carry_out(asked("rw", "irn"))
@@ -307,6 +361,36 @@ def test_what_another_sweep_is_running_is_left_to_it():
     assert machine.made == ["cam-s1", "rw-s1", "rw-s0"]
 
 
+def test_a_sweep_that_waits_holds_no_lock(monkeypatch):
+    Path("runs/all").mkdir(parents=True)
+    config, free = asked("rw"), []
+    with open("runs/all/cam-s0.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        def wait(seconds: float) -> None:
+            with sweep._alone(Path("runs/all/rw-s0.lock")) as alone:
+                free.append(alone)
+            fcntl.flock(held, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(sweep.time, "sleep", wait)
+        assert run_sweep(config, plan_sweep(config, load), Console(quiet=True), Machine()) == {}
+    assert free
+    assert all(free)
+
+
+def test_a_run_with_a_damaged_curve_is_left_out_of_the_page_and_told():
+    config = asked("rw")
+    carry_out(config)
+    file = Path("runs/all/rw-s0/curves/classify.jsonl")
+    file.parent.mkdir()
+    file.write_text('{"step": 0, "st')
+    _, failed = carry_out(config)
+    assert list(failed) == ["rw-s0"]
+    text = Path("runs/all/results.md").read_text()
+    assert "| cam | 0 | 40.0 |" in text
+    assert f"- rw-s0 failed: {file}: cannot be read" in text
+
+
 # Processes.
 
 
@@ -361,6 +445,26 @@ def test_the_command_says_what_failed_by_its_status(monkeypatch, capsys):
     monkeypatch.setattr(sweep, "run_logged", Machine())
     assert cli.main(["sweep", "rw", "--out", "runs/all"]) == 0
     assert "results: runs/all/results.html" in capsys.readouterr().out
+
+
+def test_all_may_stand_beside_names():
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "plan_sweep", lambda config, load: found.append(config) or [])
+        cli.main(["sweep", "rw", "all", "--dry-run"])
+    assert found[0].recipes == tuple(cli.discover())
+
+
+@pytest.mark.parametrize("name", cli.discover())
+def test_the_stages_of_a_recipe_are_read_from_its_source(name):
+    known = stage_names(load(name))
+    for file in (ROOT / "docs" / "data").glob(f"*/{name}-*.json"):
+        for stage in json.loads(file.read_text())["stages"]:
+            assert any(fnmatchcase(stage, pattern) for pattern in known), stage
+    assert "segment" in known  # what a record without is one of a run that was stopped
+    with pytest.raises(ValueError, match=f"until: {name} has .*segment.*, but no 'mask'"):
+        check_until("mask", name, load(name))
+    check_until("segment", name, load(name))
 
 
 def test_a_dry_run_does_nothing(capsys):

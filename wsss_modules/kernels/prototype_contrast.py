@@ -3,7 +3,8 @@
     z_c = f . q_c / temperature,   cost = log(sum over the denominator of exp z_c) - z_y
 
 The denominator holds all known prototypes, or the pixel's own and those of the ranks ``first..last - 1``, most similar
-first and unknown ones last (PPC's semi-hard ones; the own prototype counts twice where it is one of them).
+first and unknown ones left out (PPC's semi-hard ones; the own prototype counts twice where it is one of them). Of n
+known ones, the last stands in where n is not above ``first``.
 
 Axes: P pixels, C prototypes, D channels. The gradient with respect to the pixels, (softmax - one-hot) q / temperature,
 is made in the same pass, so that backward is a product with what comes from above. Prototypes are constants.
@@ -67,7 +68,8 @@ def contrast_kernel(
             rival = tl.max(tl.where(c[None, :] == other, z, float("-inf")), 1)[:, None]
             before = (rival > z) | ((rival == z) & (other < c)[None, :])
             rank += before.to(tl.int32)
-        chosen = (rank >= first) & (rank < last) & in_c[None, :]
+        n_known = tl.sum(known.to(tl.int32), 0)
+        chosen = (rank >= tl.minimum(first, n_known - 1)) & (rank < tl.minimum(last, n_known)) & in_c[None, :]
     else:
         chosen = in_c[None, :] & (p[:, None] >= 0)
     largest = tl.max(tl.where(chosen, z, float("-inf")), 1)

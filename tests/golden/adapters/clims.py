@@ -72,7 +72,7 @@ def masked_images(case: Case) -> dict[str, Tensor]:
 @adapter("clims/clims_objective")
 def clims_objective(case: Case) -> dict[str, Tensor]:
     call, param = case.call, case.params
-    weight, bias = param["param.image_encoder.weight"], param["param.image_encoder.bias"]
+    weight, bias = param["param.image_encoder.weight"], param.get("param.image_encoder.bias")
 
     def encode(images: Tensor) -> Tensor:
         grid = round((weight.shape[1] / images.shape[1]) ** 0.5)

@@ -79,11 +79,11 @@ def pseudo_label(case: Case) -> dict[str, Tensor]:
     classes, missing = inputs["in.class_index"].tolist(), set(call.get("missing_oa_cam", []))
     nothing = torch.zeros_like(inputs["in.saliency"])  # no file, no attention
     oa_cam, cam = (
-        torch.cat([batched(nothing if k in gone else inputs.get(f"in.{name}.{k}", nothing)) for k in classes], 1)
+        torch.stack([nothing, *(nothing if k in gone else inputs.get(f"in.{name}.{k}", nothing) for k in classes)])[1:]
         for name, gone in (("oa_cam", missing), ("cam", set()))
     )
     before = modules.background_extraction_label(
-        oa_cam.float(),
+        oa_cam[None].double(),
         batched(inputs["in.saliency"]) / 255,
         keys=keys(case),
         conflict=call["conflict"],
@@ -92,7 +92,7 @@ def pseudo_label(case: Case) -> dict[str, Tensor]:
         attention=call["att_thr"],
     )
     after = modules.potential_object_mining(
-        before, cam.float(), keys=keys(case), foreground=call["fg_thr"], min_foreground=call["min_fg_ratio"]
+        before, cam[None].double(), keys=keys(case), foreground=call["fg_thr"], min_foreground=call["min_fg_ratio"]
     )
     return {"out.label_before_mining": before[0], "out.label": after[0]}
 
@@ -100,8 +100,7 @@ def pseudo_label(case: Case) -> dict[str, Tensor]:
 @adapter("nsrom/masked_label")
 def masked_label(case: Case) -> dict[str, Tensor]:
     call, inputs = case.call, case.inputs
-    labels = torch.zeros(1, 1 + int(keys(case).max()), dtype=torch.int64)
-    labels[0, keys(case) - 1] = 1
+    labels = torch.ones(1, len(keys(case)))  # which ones they are is of no account
     label = modules.non_salient_region_masking(
         inputs["in.segmentation"][None].long(),
         inputs["in.pseudo_label"][None].long(),
