@@ -274,7 +274,7 @@ def seed_growing_mask_loss(
         \qquad L = \tfrac12 \Big( \frac{1}{|F|} \sum_F -\log q + \frac{1}{|G|} \sum_G -\log (1 - q) \Big)
 
     with q the probability of the region's class. Pixels of F or G without one of their kind among their 8 neighbours
-    are left out. What is neither strict nor outside the loose mask is open.
+    are left out. What is neither strict nor outside the loose mask is open. The loss is 0 where F or G is empty.
 
     Args:
         logits: (n, C, m, m) floating point, a mask for each class of each region.
@@ -285,7 +285,7 @@ def seed_growing_mask_loss(
         sync: take sums and counts over all processes of a distributed run.
 
     Returns:
-        Scalar in the dtype of ``logits``; a half without a pixel is 0.
+        Scalar in the dtype of ``logits``. Without ``loose`` a half that has no pixel is 0, and the other counts.
 
     Raises:
         TypeError: ``logits`` is not floating point, or ``labels`` not of integers.
@@ -335,6 +335,8 @@ def seed_growing_mask_loss(
     counts = front.sum().to(scores.dtype), back.sum().to(scores.dtype)
     total = sum_over_processes(torch.stack(costs), sync)
     count = sum_over_processes(torch.stack(counts), sync)
+    if loose is not None:  # one side alone teaches nothing, as released
+        total = torch.where((count > 0).all(), total, 0.0)
     return (total / count.clamp(min=1)).mean().to(logits.dtype)
 
 

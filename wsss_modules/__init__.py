@@ -172,6 +172,7 @@ from wsss_modules.distillation import (
     AttentionBasedFusion,
     FusedMaps,
     ReviewDistiller,
+    pyramid_maps,
     teacher_features,
 )
 from wsss_modules.erasing import (
@@ -616,6 +617,7 @@ __all__ = [
     "propagate_cam",
     "propagate_to_edge",
     "prototype_cam",
+    "pyramid_maps",
     "query_key",
     "random_boxes",
     "random_walk",

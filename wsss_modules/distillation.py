@@ -16,9 +16,35 @@ from torch.nn import functional as F
 from wsss_modules._checks import check_ndim, check_shape
 from wsss_modules._frozen import frozen
 
-__all__ = ["AttentionBasedFusion", "FusedMaps", "ReviewDistiller", "teacher_features"]
+__all__ = ["AttentionBasedFusion", "FusedMaps", "ReviewDistiller", "pyramid_maps", "teacher_features"]
 
 Norm = Literal["batch", "group"]
+
+
+def pyramid_maps(network: nn.Module, images: Tensor) -> Any:
+    """The maps of a timm network with ``features_only=True``, with channels first whatever the network does.
+
+    Swin and some others give channels last, and say so in ``output_fmt``.
+
+    Args:
+        network: Any module; what does not say that its channels are last is returned as it comes.
+        images: (B, 3, H, W).
+
+    Returns:
+        What ``network`` returns; of a list of maps (B, h, w, C) those as (B, C, h, w).
+
+    Example:
+        >>> class Last(nn.Module):
+        ...     output_fmt = "NHWC"
+        ...     def forward(self, images):
+        ...         return [images.permute(0, 2, 3, 1)]
+        >>> [tuple(x.shape) for x in pyramid_maps(Last(), torch.rand(2, 3, 4, 6))]
+        [(2, 3, 4, 6)]
+    """
+    out = network(images)
+    if getattr(network, "output_fmt", None) != "NHWC" or not isinstance(out, (list, tuple)):
+        return out
+    return [x.permute(0, 3, 1, 2) for x in out]
 
 
 def teacher_features(teacher: nn.Module, images: Tensor) -> Any:
@@ -29,7 +55,7 @@ def teacher_features(teacher: nn.Module, images: Tensor) -> Any:
         images: (B, 3, H, W).
 
     Returns:
-        What ``teacher`` returns, without gradients.
+        What ``teacher`` returns, without gradients, and with channels first, see `pyramid_maps`.
 
     Raises:
         TypeError: ``teacher`` is no module, so that its mode is not known.
@@ -50,7 +76,7 @@ def teacher_features(teacher: nn.Module, images: Tensor) -> Any:
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"teacher: expected an nn.Module, got {type(teacher).__name__}")
     with frozen(teacher), torch.no_grad():
-        return teacher(images)
+        return pyramid_maps(teacher, images)
 
 
 class FusedMaps(NamedTuple):
@@ -92,8 +118,9 @@ class AttentionBasedFusion(nn.Module):
 
     Notes:
         The attention's convolution is split: its half for the residual runs before the residual is resized, which is
-        the same, since each cell is repeated, and neither that half at full size nor the concatenation is formed.
-        Compiles with ``fullgraph=True``.
+        the same, since each cell is repeated, and neither that half at full size nor the concatenation is formed. That
+        saves time on maps of some size; on maps of 8 x 8 cells one call more takes as long as what is saved. Compiles
+        with ``fullgraph=True``.
 
     Example:
         >>> fusion = AttentionBasedFusion(16, 32, 64)
@@ -169,8 +196,8 @@ class ReviewDistiller(nn.Module):
 
     Notes:
         ``blocks[0]`` is the deepest stage, as in the released state dict. If the two pyramids have different numbers of
-        stages, take as many of the deepest ones, such as timm's ``out_indices``. Where a stage ends with an activation,
-        the authors take maps before it.
+        stages, take as many of the deepest ones, such as timm's ``out_indices``. Networks that give channels last, such
+        as Swin, are asked by `pyramid_maps`. Where a stage ends with an activation, the authors take maps before it.
 
     Example:
         >>> distiller = ReviewDistiller([16, 24, 40], [64, 128, 256])

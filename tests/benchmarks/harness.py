@@ -13,7 +13,7 @@ import platform
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -55,20 +55,7 @@ class _PeakRSS(threading.Thread):
 
 def measure(name: str, call: Callable[[], object], repeat: int = 5, device: str = "cpu") -> Timing:
     """Run ``call`` once for memory, then ``repeat`` times, short ones more often, for the median time."""
-    gc.collect()
-    _return_freed_memory()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    else:
-        sampler = _PeakRSS()
-        sampler.start()
-        call()
-        peak = sampler.stop()
+    peak = _peak(call, device)
     seconds: list[float] = []
     while len(seconds) < repeat or sum(seconds) < SHORTEST:
         start = time.perf_counter()
@@ -77,6 +64,41 @@ def measure(name: str, call: Callable[[], object], repeat: int = 5, device: str 
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return Timing(name, median(seconds), peak)
+
+
+def measure_in_turn(calls: Mapping[str, Callable[[], object]], repeat: int = 5, device: str = "cpu") -> list[Timing]:
+    """Time forms that are close to each other: in turn, and on a CPU by the processor's time of this process.
+
+    What else the machine does meanwhile then weighs on none of them more than on the others.
+    """
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    peaks = {name: _peak(call, device) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    while any(len(own) < repeat or sum(own) < SHORTEST for own in seconds.values()):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(clock() - start)
+    return [Timing(name, median(own), peaks[name]) for name, own in seconds.items()]
+
+
+def _peak(call: Callable[[], object], device: str) -> float:
+    """MB that one call needs on top of what is there."""
+    gc.collect()
+    _return_freed_memory()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    sampler = _PeakRSS()
+    sampler.start()
+    call()
+    return sampler.stop()
 
 
 def _return_freed_memory() -> None:

@@ -68,6 +68,20 @@ def test_objective_and_gradient_equal_the_loop_over_proposals(seed: int, label: 
     torch.testing.assert_close(torch.autograd.grad(found, inputs[:3]), torch.autograd.grad(expected, inputs[:3]))
 
 
+@given(st.integers(0, 99))
+def test_equal_detections_leave_size_and_roughness(seed: int) -> None:
+    logits, deltas, mask, _, _ = case(seed)
+    leaves = [x.requires_grad_() for x in (logits, deltas, mask)]
+    clean = logits.detach(), deltas.detach()
+    found = box_attribution_loss(*leaves, *clean, torch.tensor(1), area=0.03, tv=0.2).total
+    rest = 0.03 * mask.sum() + 0.2 * mask_total_variation(mask)
+    torch.testing.assert_close(found, rest)
+    of_logits, of_deltas, of_mask = torch.autograd.grad(found, leaves)
+    assert not of_logits.any()
+    assert not of_deltas.any()
+    torch.testing.assert_close(of_mask, torch.autograd.grad(rest, mask)[0])
+
+
 def test_an_image_that_nothing_hides_costs_its_area() -> None:
     logits, deltas, mask, _, _ = case()
     whole = torch.ones_like(mask)
@@ -125,7 +139,9 @@ def reference_mask_loss(logits: Tensor, labels: Tensor, strict: Tensor, loose: T
             for side, is_object in enumerate((True, False)):
                 if found[side] and any(kind.get(place, (False, False))[side] for place in near):
                     costs[is_object].append(F.softplus(-z[y, x] if is_object else z[y, x]))
-    return sum(torch.stack(own).mean() if own else torch.zeros(()) for own in costs.values()) / 2
+    if not all(costs.values()):
+        return 0 * logits.sum()
+    return sum(torch.stack(own).mean() for own in costs.values()) / 2
 
 
 @given(st.integers(0, 99), st.sampled_from([0.6, 0.9, 1.0]))
@@ -149,13 +165,23 @@ def test_only_chosen_pixels_have_a_gradient() -> None:
 
 
 def test_a_lonely_pixel_is_no_seed() -> None:
-    strict = torch.zeros(1, 5, 5)
-    strict[0, 2, 2] = 1
-    alone = seed_growing_mask_loss(torch.full((1, 2, 5, 5), -2.0), torch.tensor([1]), strict, torch.ones(1, 5, 5))
-    assert alone == 0
+    strict, loose = torch.zeros(1, 5, 5), torch.ones(1, 5, 5)
+    strict[0, 2, 2], loose[0, 0] = 1, 0
+    logits, label = torch.full((1, 2, 5, 5), -2.0), torch.tensor([1])
+    assert seed_growing_mask_loss(logits, label, strict, loose) == 0
     strict[0, 3, 3] = 1
-    pair = seed_growing_mask_loss(torch.full((1, 2, 5, 5), -2.0), torch.tensor([1]), strict, torch.ones(1, 5, 5))
-    torch.testing.assert_close(pair, F.softplus(torch.tensor(2.0)) / 2)
+    pair = seed_growing_mask_loss(logits, label, strict, loose)
+    torch.testing.assert_close(pair, (F.softplus(torch.tensor(2.0)) + F.softplus(torch.tensor(-2.0))) / 2)
+
+
+@pytest.mark.parametrize("kind", ["only object", "only background"])
+def test_seeds_of_one_side_alone_cost_nothing(kind: str) -> None:
+    strict, loose = seeds()
+    strict, loose = (strict, torch.ones_like(loose)) if kind == "only object" else (torch.zeros_like(strict), loose)
+    logits = torch.zeros(2, 3, 7, 7, dtype=torch.float64, requires_grad=True)
+    loss = seed_growing_mask_loss(logits, torch.tensor([2, 1]), strict, loose)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, logits)[0].any()
 
 
 def test_without_loose_masks_all_else_is_background_and_an_empty_half_is_0() -> None:

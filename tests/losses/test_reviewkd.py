@@ -48,21 +48,27 @@ def test_hcl_of_a_constant_offset_is_its_square_and_scales_with_the_square(h: in
 
 
 @pytest.mark.parametrize(
-    ("height", "weights"), [(1, 1.0), (2, 1.5), (3, 1.75), (4, 1.75), (5, 1.875), (8, 1.875)], ids=str
+    ("height", "levels", "weights"),
+    [
+        (1, [], 1.0),
+        (2, [1], 1.5),
+        (3, [2, 1], 1.75),
+        (4, [2, 1], 1.75),
+        (5, [4, 2, 1], 1.875),
+        (8, [4, 2, 1], 1.875),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("width", [1, 3, 8])
-def test_the_height_alone_decides_which_levels_count(height: int, weights: float, width: int) -> None:
+def test_the_height_alone_decides_which_levels_count(
+    height: int, levels: list[int], weights: float, width: int
+) -> None:
     s = draw(1, 2, height, width)
-    flat = s - s.mean((2, 3), keepdim=True)
-    spike = F.mse_loss(flat, torch.zeros_like(s))
-    assert hierarchical_context_loss(flat, torch.zeros_like(s)) >= spike / weights - 1e-12
-    one = torch.zeros(1, 2, height, width, dtype=torch.float64)
-    # levels of weight 1/2, 1/4, 1/8 count as far as there are any: seen from the weight of the full resolution
-    only_full = hierarchical_context_loss(s, one, levels=()) / hierarchical_context_loss(s, one, decay=0.0)
-    assert only_full == 1
-    used = [level for level in (4, 2, 1) if level < height]
-    assert 1 + sum(0.5 ** (i + 1) for i in range(len(used))) == weights
-    torch.testing.assert_close(hierarchical_context_loss(s, one), hcl_loop([s], [one]))
+    full, pooled = s.square().mean(), [F.adaptive_avg_pool2d(s, level).square().mean() for level in levels]
+    total = full + sum(cost * 0.5 ** (i + 1) for i, cost in enumerate(pooled))
+    loss = hierarchical_context_loss(s, torch.zeros_like(s))
+    torch.testing.assert_close(loss, total / weights)
+    assert (loss > (1 + 1e-9) * full / weights) == bool(levels)
 
 
 @pytest.mark.parametrize("student", [torch.float16, torch.float32, torch.float64])

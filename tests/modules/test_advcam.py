@@ -113,10 +113,19 @@ def test_step_names_the_wrong_argument(error: type[Exception], message: str, arg
 # The regions.
 
 
+@given(st.integers(0, 1000), st.floats(0, 1), st.integers(-20, 20))
+def test_mask_does_not_depend_on_the_scale_of_a_map(seed: int, threshold: float, power: int) -> None:
+    cam = draw(3, 4, 5, seed=seed).relu()
+    mask = discriminative_mask(cam, threshold)
+    assert torch.equal(discriminative_mask(cam * 2.0**power, threshold), mask)
+    assert torch.equal(mask > 0, cam > threshold * cam.amax((1, 2), keepdim=True))
+    if threshold < 1:  # a map's high entries are those of its high entries
+        assert torch.equal(discriminative_mask(cam * mask, threshold), mask)
+
+
 def test_mask_marks_entries_strictly_above_a_share_of_each_map() -> None:
     cam = torch.tensor([[[0.0, 1.0, 2.0]], [[0.0, 0.0, 0.0]], [[8.0, 4.0, 4.1]]])
     assert discriminative_mask(cam).tolist() == [[[0, 0, 1]], [[0, 0, 0]], [[1, 0, 1]]]
-    assert torch.equal(discriminative_mask(cam * 8), discriminative_mask(cam))
     assert not discriminative_mask(cam.requires_grad_()).requires_grad
 
 
@@ -365,6 +374,18 @@ def test_low_precision_networks_climb_with_images_in_float32(dtype: torch.dtype)
             ValueError,
             "model: expected maps with a gradient",
             lambda: next(AdvCAM(lambda x: Net()(x).detach()).climb(pairs(), LABELS)),
+        ),
+        (
+            ValueError,
+            r"model\(images\): expected shape \(6, 3, \*, \*\) to match labels, got \(6, 4, 3, 4\)",
+            lambda: next(AdvCAM(Net()).climb(pairs(), torch.tensor([[1, 0, 1], [0, 1, 0]]))),
+        ),
+        (
+            ValueError,
+            r"model\(images\): expected shape \(3, 2, 5, \*, \*\) to match labels",
+            lambda: next(
+                AdvCAM(GradCAM(Net().features, Net().head)).climb(pairs(), torch.eye(5)[[0, 2]] + torch.eye(5)[[1, 2]])
+            ),
         ),
     ],
 )

@@ -99,6 +99,28 @@ def test_boxes_that_cover_the_image_leave_no_background_and_stay_finite(boxes: l
     assert labels.cam.max() == pytest.approx(1)
 
 
+def test_a_background_mask_from_elsewhere_decides_what_is_certain() -> None:
+    """Corners that were rounded twice, so that mask and box differ by a column on each side."""
+    features, weight, _, _ = case(0)
+    boxes, classes = torch.tensor([[3, 2, 11, 9]]), torch.tensor([2])
+    background = background_mask_from_boxes(torch.tensor([[0, 4, 2, 12, 9]]), 1, SIZE)[0, 0]
+    weight = weight.abs()  # class maps without zeros
+    labels = BoxPseudoLabeler()(features, weight, boxes, classes, SIZE, background_mask=background)
+    planes = torch.stack([labels.attention, labels.cam[0]])
+    torch.testing.assert_close(labels.scores[:, 2:9, 4:12], planes[:, 2:9, 4:12].softmax(0))
+    assert (labels.scores[0, 2:9, 3] == 1).all()
+    assert torch.equal(labels.scores[1, 2:9, 3], labels.cam[0, 2:9, 3])
+    assert labels.cam[0, 2:9, 3].any()
+    assert (labels.correlation[0, 2:9, 3] == 1).all()
+    outside = torch.ones(SIZE, dtype=torch.bool)
+    outside[2:9, 3:11] = False
+    assert not labels.y_crf[outside].any()
+    assert not labels.y_ret[outside].any()
+    given = background_mask_from_boxes(torch.cat([torch.zeros(1, 1), boxes], 1), 1, SIZE)[0, 0]
+    same = box_pseudo_labels(features, weight, boxes, classes, SIZE, background_mask=given)
+    torch.testing.assert_close(same, box_pseudo_labels(features, weight, boxes, classes, SIZE))
+
+
 @pytest.mark.parametrize("boxes", [[[3, 3, 3, 8]], [[20, 3, 30, 8]], [[4.2, 3.1, 4.9, 8.0]]])
 def test_a_box_without_a_pixel_labels_nothing(boxes: list[list[float]]) -> None:
     features, weight, _, _ = case(2)

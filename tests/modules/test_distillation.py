@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.modules.reference_distillation import fuse_concatenated
-from wsss_modules import AttentionBasedFusion, ReviewDistiller, teacher_features
+from wsss_modules import AttentionBasedFusion, ReviewDistiller, pyramid_maps, teacher_features
 
 side = st.integers(1, 9)
 
@@ -113,6 +113,25 @@ def test_any_two_timm_pyramids_fit(student: str, teacher: str) -> None:
     assert [x.shape for x in out] == [x.shape for x in targets]
     assert all(x.requires_grad for x in out)
     assert not any(x.requires_grad for x in targets)
+
+
+def test_pyramids_with_channels_last_teach_and_learn() -> None:
+    timm = pytest.importorskip("timm")
+    small = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": (64, 96), "window_size": 2}
+    swin = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, pretrained=False, **small)
+    other = timm.create_model("test_resnet", features_only=True, pretrained=False, out_indices=(1, 2, 3, 4))
+    images = torch.rand(2, 3, 64, 96)
+    for student, teacher in ((swin, other), (other, swin)):
+        maps, targets = pyramid_maps(student, images), teacher_features(teacher, images)
+        distiller = ReviewDistiller(student.feature_info.channels(), teacher.feature_info.channels(), mid_channels=16)
+        out = distiller(maps, [x.shape[-2:] for x in targets])
+        assert [x.shape for x in out] == [x.shape for x in targets]
+        assert [x.shape[1] for x in targets] == teacher.feature_info.channels()
+        sum(x.square().mean() for x in out).backward()
+    assert all(p.grad is not None for p in swin.parameters())
+    classifier = nn.Flatten()
+    classifier.output_fmt = "NHWC"
+    assert pyramid_maps(classifier, images).shape == (2, 3 * 64 * 96), "no list of maps"
 
 
 def test_the_teacher_is_asked_in_eval_mode_and_given_back() -> None:

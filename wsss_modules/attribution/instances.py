@@ -164,7 +164,8 @@ def refine_box_mask(
 
     Differences:
         Without a map, the released code appends no mask at all where no degree is enough, and all later masks of the
-        image get the class of another instance. Here each box has a mask.
+        image get the class of another instance. Here each box has a mask. What its CRF lets grow out of the box stays
+        there, and is cut off here.
 
     Example:
         >>> mask = torch.zeros(1, 4, 4)
@@ -274,8 +275,8 @@ def instances_to_semantic(
     """One label map of the strict and loose masks of instances.
 
     Pixels of one class get it, those of several are left open. Then, from the largest box to the smallest, an instance
-    whose box lies inside another overwrites what is there. At last, what is loose but not strict of any instance is
-    left open, even inside the strict mask of another.
+    whose box lies inside another one, not the same, overwrites what is there. At last, what is loose but not strict of
+    any instance is left open, even inside the strict mask of another.
 
     Args:
         strict: (n, H, W) bool or numbers, above 0 inside.
@@ -314,7 +315,8 @@ def instances_to_semantic(
         label[area] = key
     label[torch.stack([area for _, area in by_class]).sum(0) > 1] = ignore_index
     near, far = boxes[:, None, :2] >= boxes[:, :2], boxes[:, None, 2:] <= boxes[:, 2:]
-    contained = (near & far).all(2).fill_diagonal_(False).any(1)
+    same = (boxes[:, None] == boxes).all(2)
+    contained = ((near & far).all(2) & ~same).any(1)
     size = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     for index in size.argsort(descending=True, stable=True).tolist():
         if contained[index]:
@@ -413,9 +415,9 @@ def match_segment_proposals(
 ) -> Tensor:
     """Replace a mask by segment proposals of the image, such as MCG's.
 
-    Of the proposals made of superpixels that reach into the box, and with more than ``limit`` of their area in it, the
-    one that overlaps the mask best is taken; all with more than ``limit`` of their area in the mask are added; what
-    lies outside the box is cut off. Small boxes keep their mask, and so does one to which no proposal fits.
+    Of the proposals all of whose superpixels reach into the box, and with more than ``limit`` of their area in it, the
+    one that overlaps the mask best is taken; those with more than ``limit`` of their area in the mask are added; what
+    lies outside the box is cut off. Small boxes keep their mask, and so does one that no such proposal overlaps.
 
     Args:
         mask: (H, W) bool or numbers, above 0 inside.
@@ -423,7 +425,7 @@ def match_segment_proposals(
         superpixels: (H, W) integers 0..S-1.
         members: (m, S) bool, which superpixels belong to each proposal.
         limit: See above.
-        min_side: Boxes smaller than this in both directions are left alone.
+        min_side: Boxes of a smaller area than a square of this side are left alone.
         legacy_index_sum: See `segment_overlaps`.
 
     Returns:
@@ -444,21 +446,15 @@ def match_segment_proposals(
         tensor([[1, 1, 0, 0]], dtype=torch.int32)
     """
     found = segment_overlaps(mask, box, superpixels, members, limit=limit, legacy_index_sum=legacy_index_sum)
-    inside = mask > 0
     in_box = boxes_to_masks(box[None], (mask.shape[0], mask.shape[1]), rounding="truncate")[0].to(mask.device)
-    width, height = (box[2:] - box[:2]).tolist()
-    if width < min_side and height < min_side:
-        return inside & in_box
     reaches = torch.zeros(members.shape[1], dtype=torch.bool, device=mask.device)
     reaches[superpixels[in_box].long()] = True
-    fits = found.in_box & ~(members & ~reaches).any(1)
-    chosen = found.in_mask
-    if bool(fits.any()):
-        best = torch.where(fits, found.iou, -1.0).argmax()
-        chosen = chosen.clone()
-        chosen[best] = True
-    if not bool(chosen.any()):
-        return inside & in_box
+    stays = ~(members & ~reaches).any(1)
+    fits = stays & found.in_box & (found.iou > 0)
+    if (box[2:] - box[:2]).prod() < min_side**2 or not bool(fits.any()):
+        return mask > 0
+    chosen = stays & found.in_mask
+    chosen[torch.where(fits, found.iou, -1.0).argmax()] = True
     return members[chosen].any(0)[superpixels.long()] & in_box
 
 

@@ -111,7 +111,7 @@ class BoxLabels(NamedTuple):
         y_crf: (H, W) int64, 0 background or a class: the labels from background attention, class maps and the CRF.
         y_ret: (H, W) int64, those of the nearest prototype (retrieval).
         keys: (K,) int64 classes present, ascending.
-        scores: (1 + K, H, W) in [0, 1], sum 1: what the CRF was given.
+        scores: (1 + K, H, W) in [0, 1], sum 1 (but see ``background_mask``): what the CRF was given.
         correlation: (1 + K, H, W) in [0, 1]: likeness to the prototypes.
         attention: (H, W) in [0, 1]: likeness to the background, 0 below the threshold.
         cam: (K, H, W) in [0, 1]: class maps, divided by their maximum in each box and 0 outside the boxes of the class.
@@ -159,7 +159,8 @@ def box_pseudo_labels(
         grid: g x g background queries; the published stage takes a single one.
         threshold: Share of the greatest attention below which it counts for nothing. 0.99 leaves an almost binary map,
             whose maximum often lies outside the boxes.
-        background_mask: (H, W) of which pixels are certain background, by default those outside all boxes.
+        background_mask: (H, W) of which pixels are certain background, above 0, by default those outside all boxes.
+            Where one that was made elsewhere reaches into a box, scores are the planes as they are, as released.
         eps: Added to the maximum of a class in a box.
 
     Returns:
@@ -203,21 +204,18 @@ def box_pseudo_labels(
     keys = classes.unique()
     masks = boxes_to_masks(boxes.to(features.device), size, rounding="truncate")  # (n, H, W)
     own = torch.stack([masks[classes == key].any(0) for key in keys]) if len(keys) else masks[:0]  # (K, H, W)
-    inside = own.any(0)
-    background = ~inside if background_mask is None else background_mask > 0
+    background = ~own.any(0) if background_mask is None else background_mask.to(features.device) > 0
     check_shape("background_mask", background, size, "to match size")
     length = up.norm().clamp(min=1e-12)
 
     attention = _attention(up, length, background, grid)
     attention = torch.where(attention < threshold * attention.max(), 0.0, attention)
     cam = _class_maps(up.project(weight[keys]).relu(), masks, classes, keys, eps)
-    scores = torch.cat([attention[None], cam]).softmax(0)
-    outside = torch.zeros_like(scores)
-    outside[0] = 1
-    scores = torch.where(inside, scores, outside)
+    planes = torch.cat([torch.where(background, 1.0, attention)[None], cam])
+    scores = torch.where(background, planes, planes.softmax(0))
     refined = scores if crf is None else crf(scores)
     check_shape("crf(scores)", refined, scores.shape, "as its scores")
-    allowed = torch.cat([torch.ones_like(inside)[None], own])
+    allowed = torch.cat([torch.ones_like(background)[None], own])
     names = F.pad(keys, (1, 0))
     y_crf = names[torch.where(allowed, refined, 0.0).argmax(0)]
 
@@ -225,7 +223,7 @@ def box_pseudo_labels(
     prototypes = torch.where(count[:, None] > 0, prototypes, weight[names].to(prototypes))
     likeness = (up.project(unit(prototypes)) / length).relu()
     correlation = torch.where(allowed, likeness, 0.0)
-    correlation[0] = torch.where(inside, correlation[0], 1.0)
+    correlation[0] = torch.where(background, 1.0, correlation[0])
     y_ret = names[correlation.argmax(0)]
     return BoxLabels(y_crf, y_ret, keys, scores, correlation, attention, cam)
 
@@ -265,6 +263,7 @@ class BoxPseudoLabeler(nn.Module):
         classes: Tensor,
         size: tuple[int, int],
         crf: Callable[[Tensor], Tensor] | None = None,
+        background_mask: Tensor | None = None,
     ) -> BoxLabels:
         """Features (D, h, w), classifier (C, D), boxes (n, 4) and classes (n,) -> labels at ``size``."""
         return box_pseudo_labels(
@@ -276,6 +275,7 @@ class BoxPseudoLabeler(nn.Module):
             crf=self.crf if crf is None else crf,
             grid=self.grid,
             threshold=self.threshold,
+            background_mask=background_mask,
             eps=self.eps,
         )
 

@@ -164,7 +164,8 @@ class AdvCAM(nn.Module):
 
         Raises:
             TypeError: ``pairs`` is not floating point.
-            ValueError: a wrong shape, or ``steps`` less than 1; a model whose maps don't depend on the images.
+            ValueError: a wrong shape, or ``steps`` less than 1; a model whose maps don't depend on the images, or are
+                not of as many classes as ``labels``.
         """
         check_ndim("pairs", pairs, 5, "(B, 2, 3, H, W)")
         check_shape("pairs", pairs, (None, 2, None, None, None), "for an image and its mirror image")
@@ -174,7 +175,7 @@ class AdvCAM(nn.Module):
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         image, index = (labels > 0).nonzero(as_tuple=True)
-        return self._climb(at_least_float32(pairs.detach())[image], index, steps, pairs.dtype)
+        return self._climb(at_least_float32(pairs.detach())[image], index, labels.shape[1], steps, pairs.dtype)
 
     def accumulate(
         self,
@@ -237,11 +238,11 @@ class AdvCAM(nn.Module):
         merged = multi_scale_cam(maps, everyone, size, stride=stride, round_to=round_to)
         return PresentCAM(merged.cam, merged.high_res, index + 1, image)
 
-    def _climb(self, x: Tensor, index: Tensor, steps: int, dtype: torch.dtype) -> Iterator[ClimbStep]:
+    def _climb(self, x: Tensor, index: Tensor, classes: int, steps: int, dtype: torch.dtype) -> Iterator[ClimbStep]:
         initial: Tensor | None = None
         clamp: Literal["scope", "channel", "none"] = "scope" if self.clamp == "pair" else self.clamp
         for step in range(steps if len(x) else 0):
-            region, objective, gradient = self._look(x, index, initial, dtype, moves=step + 1 < steps)
+            region, objective, gradient = self._look(x, index, classes, initial, dtype, moves=step + 1 < steps)
             initial = region if initial is None else initial
             yield ClimbStep(step, x, region, objective, gradient)
             if gradient is not None:
@@ -250,7 +251,7 @@ class AdvCAM(nn.Module):
                 )
 
     def _look(
-        self, x: Tensor, index: Tensor, initial: Tensor | None, dtype: torch.dtype, *, moves: bool
+        self, x: Tensor, index: Tensor, classes: int, initial: Tensor | None, dtype: torch.dtype, *, moves: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Map and objective of each climber and, if it ``moves`` on, the gradient of its objective."""
         parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -259,7 +260,7 @@ class AdvCAM(nn.Module):
             mine = slice(first, first + size)
             with frozen(self.model), torch.set_grad_enabled(moves):
                 leaf = x[mine].detach().requires_grad_(moves)
-                scores, views = self._regions(leaf.to(dtype), index[mine])
+                scores, views = self._regions(leaf.to(dtype), index[mine], classes)
                 region = merge_flip(views[:, 0], views[:, 1])
                 clean = region if initial is None else initial[mine]
                 objective = climb_terms(scores, region, clean, index[mine], self.threshold).objective(self.ad_coeff)
@@ -272,12 +273,14 @@ class AdvCAM(nn.Module):
         regions, objectives, gradients = zip(*parts, strict=True)
         return torch.cat(regions), torch.cat(objectives), torch.cat(gradients) if moves else None
 
-    def _regions(self, pairs: Tensor, index: Tensor) -> ClassRegions:
+    def _regions(self, pairs: Tensor, index: Tensor, classes: int) -> ClassRegions:
         if isinstance(self.model, GradCAM):
-            return self.model(pairs, index)
+            found: ClassRegions = self.model(pairs, index)
+            check_shape("model(images)", found.scores, (*pairs.shape[:2], classes, None, None), "to match labels")
+            return found
         out = self.model(pairs.flatten(0, 1))
         scores = out if isinstance(out, Tensor) else out.cam
-        check_ndim("model(images)", scores, 4, "(N, K, h, w)")
+        check_shape("model(images)", scores, (pairs.shape[:2].numel(), classes, None, None), "to match labels")
         scores = scores.unflatten(0, pairs.shape[:2])
         return ClassRegions(scores, linear_head_regions(scores, index, getattr(self.head, "weight", None)))
 
