@@ -153,6 +153,8 @@ into:
   Class tokens learn the tags before they learn where to look, so that the seeds of `mctformer` are the maps of its
   patches, under a background of their own; and the affinity of `afa` starts as the likeness of patches, without which
   its masks were at 11.3.
+- `clims` listens to a small image-text model trained on the captions of these pictures. It was not looked into whether
+  that model, the weights of the terms or the 75 steps are why it stays below the plain CAM.
 - `l2g`'s second network hears of classes from the first alone: from ImageNet it was at 21.9, so both start as the
   plain classifier.
 - The data has saliency maps of its own, soft and nearly right, which make the masks of `rca` and `edam` what they
