@@ -141,7 +141,8 @@ have masks, on which seeds and masks are measured. Preset `demo`, which takes mi
 what makes the task hard (a telling part on a body shared with other classes, grounds that go with a class) and
 nothing of what photographs have besides, so that the order of systems need not be that of photographs. Most trainings
 have 75 to 120 steps, so that the table shows more of how a system bears a short training than of how good it is. One
-seed each, and the constants of the papers. What the rows below the plain CAM have in common, and other remarks:
+seed each, and the constants of the papers unless said. What the rows below the plain CAM have in common, and other
+remarks:
 
 - Maps that are too broad for their constant. `ppc` finds 92 % of the objects' pixels, and of the background 23: at its
   best threshold, 0.56, the seeds would be at 44.2, and the refinement learns from areas that the published constants
