@@ -115,7 +115,7 @@ Of the systems that train the classifier differently, all on the same backbone, 
   (0.26) is nearly the best (0.32 and 0.29). It was stopped after its maps: no masks yet. How much of the gain is SEAM's
   and how much the contrast's was not tested; its cells have 16 pixels where those of `cam` have 32.
 - `sipe` has maps of 57.3 and 57.0, four points above the plain CAM, with the background that it makes itself: their
-  class is the argmax, no constant is involved. With the weight of 0.5 that the released code gives to the background
+  class is the argmax, without a threshold. With the weight of 0.5 that the released code gives to the background
   where seeds are found it was at 35.9 and 37.8: most of the background became objects (recall 41 % on 42 photographs).
   The overlaps that this weight was fixed for are those of a ResNet-50 and 20 classes; here the background counts like a
   class. That default was chosen on masks of these photographs, as the 0.25 of `cam` once was. IRN's walk, in which this
@@ -128,8 +128,8 @@ Of the systems that train the classifier differently, all on the same backbone, 
   and the product at 52, at their best: 405 steps are few to learn where to look. With a pretrained DeiT, which this
   comparison can't have, that may be otherwise. Its walk makes 63.3 of them, RW's 65.5 of the plain CAMs. (The maps were
   written under the first background, in 1,176 s that the table lacks, and measured again.)
-- `vitpcm` takes the likeliest class of each patch, and is timid: precision 83 to 96 % for all classes but people, at a
-  recall of 33 to 48, which a CRF lowers further. At a threshold of 0.14 its maps would be at 52.6, near the plain CAM,
+- `vitpcm` takes the likeliest class of each patch, and is timid: precision 84 to 96 % for all animals, at a recall of
+  33 to 48, which a CRF lowers further. At a threshold of 0.14 its maps would be at 52.6, near the plain CAM,
   and on val at 53.9, above it; but a threshold is not part of the method. Only the surest patch of a class learns from
   a tag, and 405 steps on new layers do not spread that over the object, as they did not on the demo data.
 """

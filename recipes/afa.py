@@ -34,7 +34,7 @@ from recipes.pipeline.cams import write_maps
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
-from recipes.pipeline.segmentation import measure_segmentations, write_segmentations
+from recipes.pipeline.segmentation import measure_segmentation_masks, write_segmentations
 from recipes.pipeline.segmenter import SegFormerHead
 from recipes.pipeline.training import FramedCrops, Moment, RandomLongSide, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, scaled_size, views
@@ -219,7 +219,7 @@ def segment(run: Run, model: AFANet, config: Config) -> None:
         return F.interpolate(merged, image.shape[-2:], mode="bilinear", align_corners=False)[0].softmax(0)
 
     write_segmentations(run, run.val or run.train, probabilities_of, DenseCRF(CRF) if config.segment_crf else None)
-    measure_segmentations(run, config.segment_crf)
+    measure_segmentation_masks(run, config.segment_crf)
 
 
 def main(config: Config) -> dict:

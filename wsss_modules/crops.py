@@ -205,8 +205,8 @@ def crop_align(features: Tensor, boxes: Tensor, out_size: Size, *, stride: float
         He, Gkioxari, Dollár and Girshick, Mask R-CNN, ICCV 2017, arXiv:1703.06870; as in Jiang et al., L2G, CVPR 2022.
 
     Differences:
-        Equal to `torchvision.ops.roi_align` with adaptive sampling, but that a box longer than the whole map, which
-        reaches outside, has no more points a bin than the map would need.
+        That of the paper with adaptive sampling, but that a box longer than the whole map, which reaches outside, has
+        no more points a bin than the map would need.
 
     Notes:
         The mean over points of a bin is separable, so that a box is two small products, rows times map times columns,

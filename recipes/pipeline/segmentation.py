@@ -43,10 +43,10 @@ def segmentation_from_masks(
 def measure_segmentation(run: Run, network: Segmenter, config: SegmentConfig) -> None:
     """Segment and measure the val images, or without any the training images."""
     segment(run, network, run.val or run.train, config)
-    measure_segmentations(run, config.crf)
+    measure_segmentation_masks(run, config.crf)
 
 
-def measure_segmentations(run: Run, crf: bool) -> None:
+def measure_segmentation_masks(run: Run, crf: bool) -> None:
     """Measure what :func:`write_segmentations` wrote."""
     measure_masks(run, "segmentation", "segmentation")
     if crf:

@@ -66,9 +66,9 @@ def trusted(affinity: rw.AffinityConfig) -> rw.AffinityConfig:
     return replace(affinity, low_alpha=1.0, high_alpha=12.0)
 
 
-def walking(walk: rw.WalkConfig) -> rw.WalkConfig:
+def walking(walk: rw.WalkConfig, background: float = 0.6) -> rw.WalkConfig:
     """PSA's random walk with a constant background, and a quarter of its steps."""
-    return replace(walk, background=0.6, steps=walk.steps // 4)
+    return replace(walk, background=background, steps=walk.steps // 4)
 
 
 # 405 steps of 16 crops, the budget of the plain classifier, are few for blocks that start from random weights, so that
@@ -102,7 +102,7 @@ PRESETS = {
             schedule=Schedule(epochs=5, batch_size=8, lr=0.01, head_lr=0.1, weight_decay=5e-4, momentum=5e-4),
         ),
         threshold=0.39,
-        walk=replace(walking(rw.PRESETS["paper"].walk), background=0.39),
+        walk=walking(rw.PRESETS["paper"].walk, background=0.39),
         mask_crf=False,
         segment=SegmentConfig(
             architecture="largefov",

@@ -293,8 +293,8 @@ def dense_crf(
         A gradient keeps one (B, C, H, W) map per iteration more. A batch is one lattice, not a loop over images.
         The size of the lattice depends on the image, so ``torch.compile`` breaks its graph once, where the kernels are
         made (and the device is synchronised there); :func:`mean_field` over finished kernels is a single graph.
-        Results are those of ``pydensecrf2`` up to rounding, so they carry its approximation of the Gaussians too;
-        ``exact`` has the Gaussians themselves.
+        Results are those of the published C++ code up to rounding, so they carry its approximation of the Gaussians
+        too; ``exact`` has the Gaussians themselves.
 
     Example:
         >>> _ = torch.manual_seed(0)
