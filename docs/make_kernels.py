@@ -1,14 +1,17 @@
-"""Write docs/kernels.md: what each Triton kernel does, its arithmetic, and what the compiler makes of it.
+"""Write docs/kernels.md: what each Triton kernel does, its arithmetic, its times, and what the compiler makes of it.
 
 python -m docs.make_kernels
 
-Figures are counted from shapes, or reported by ptxas in this run; none is a time.
+Work is counted from shapes, registers are as ptxas reports them in this run, and times are read from the last run of
+`python -m tests.benchmarks.kernels --json docs/data/kernels.json` on a GPU.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -16,6 +19,7 @@ from tests.kernels.ahead import BUILDS, TARGETS, build
 from wsss_modules import affinity_offsets, path_offsets
 
 FLOPS, BYTES = 67e12, 3.35e12  # H100 SXM: float32 outside of tensor cores, and memory, per second
+TIMES = json.loads((Path(__file__).parent / "data" / "kernels.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,20 @@ What has been done with each of them:
   precision, gradients from above other than 1, empty inputs, memory filled with NaN beforehand, and torch's own checks
   of operators;
 - **compiled** to a cubin for GPUs of compute capability 8.0 and 9.0; the test fails if a kernel spills registers;
-- **not run on a GPU and not timed.** The same tests run on one where there is one (`-m gpu`).
+- **run and timed on a GPU**: the same tests (`python -m pytest -m gpu tests`, with every public loss against the CPU
+  beside them), and `python -m tests.benchmarks.kernels`.
 
-The tables give, for two real sizes, the floating-point operations of a launch, the bytes to move if every number is
-moved once, and the larger of the two times that an H100 SXM needs for them at best (67 TFLOP/s of float32 outside of
-tensor cores, 3.35 TB/s): the floor of a perfect kernel, not a promise. Products of float32 are exact unless
-`torch.backends.cuda.matmul.allow_tf32` lets torch round its own.
+The first table of a kernel gives, for two real sizes, the floating-point operations of a launch, the bytes to move if
+every number is moved once, and the larger of the two times that an H100 SXM needs for them at best (67 TFLOP/s of
+float32 outside of tensor cores, 3.35 TB/s): the floor of a perfect kernel, not a promise.
+
+The second one gives times in milliseconds, measured on an {device} ({date}, torch
+{torch}, triton {triton}): of the operator alone, replayed from a CUDA graph; and of its public function as called from
+Python, forward and with all gradients, by the kernel and in plain torch on the same GPU, with the memory that the
+latter two need. Medians; calls of more than a second were timed once. Where the operator takes much less than its function, the rest is Python and small
+launches. Results and gradients of both forms were compared first, and differ by the error in the last column, relative
+to the norm. Products of float32 are exact unless `torch.backends.cuda.matmul.allow_tf32` lets torch round its own: rows
+with TF32 are of both forms under that setting, their error of both without.
 """
 
 SECTIONS = [
@@ -138,7 +150,9 @@ was not done. The maps' gradient gathers on a domain larger by that reach and is
         "relu_correlation",
         """\
 `pixel_correlation` (SEAM, L2G). Blocks of the N x N matrix are made in registers, forward and backward. Since the
-matrix is symmetric, the gradient of the maps is the forward pass of what comes from above.""",
+matrix is symmetric, the gradient of the maps is the forward pass of what comes from above. The plain form makes one
+half of the matrix by cuBLAS; with exact products its gradients take about as long as the kernel's, in half more
+memory.""",
         [
             correlation("B8 C21 E192 56x56", 8, 21, 192, 56 * 56),
             correlation("B4 C21 E192 112x112", 4, 21, 192, 112 * 112),
@@ -149,7 +163,9 @@ matrix is symmetric, the gradient of the maps is the forward pass of what comes 
         "prototype_contrast",
         """\
 `pixel_to_prototype_contrast_loss` (PPC). Similarities, the choice of semi-hard prototypes, the logarithm of the
-sum and the gradient with respect to the pixels in one pass; backward is a product with what comes from above.""",
+sum and the gradient with respect to the pixels in one pass; backward is a product with what comes from above. The
+operator takes less than a hundredth of the whole loss, whose other steps (pseudo labels, prototypes, the draw of
+pixels) launch many small kernels: it saves little time there, and needs the memory of gradients made ahead.""",
         [contrast("P2048 C21 D128", 2048, 21, 128), contrast("P25088 C21 D128", 25088, 21, 128)],
     ),
     (
@@ -164,13 +180,38 @@ bilateral kernel of one mean-field step:""",
 ]
 
 
+def measured(kernel: str) -> list[str]:
+    """Times of a kernel as a table."""
+    parts = [
+        "\n| size | operator | forward | in torch | with gradients | in torch | memory | in torch | error |\n"
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: |"
+    ]
+    return parts + [times(row) for row in TIMES["rows"] if row["kernel"] == kernel]
+
+
+def times(row: dict[str, Any]) -> str:
+    """A size as a row of the table of times."""
+    kinds = ("operator", "forward", "forward_torch", "gradients", "gradients_torch")
+    cells = [milliseconds(row[kind]) for kind in kinds]
+    cells += [f"{row[kind]:,.{0 if row[kind] >= 10 else 1}f} MB" for kind in ("peak_mb", "peak_mb_torch")]
+    return f"| {' | '.join([row['size'], *cells, format(row['error'], '.0e')])} |"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Three digits."""
+    if seconds is None:
+        return ""
+    return f"{seconds * 1e3:,.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
+
+
 def page() -> str:
     """The page in Markdown."""
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION.format(**TIMES["conditions"])]
     for title, name, text, sizes in SECTIONS:
         parts.append(f"## {title}\n\n[wsss_modules/kernels/{name}.py](../wsss_modules/kernels/{name}.py)\n\n{text}\n")
         parts.append("| size | operations | moved | floor | bound by |\n| --- | --: | --: | --: | --- |")
         parts += [size.row() for size in sizes]
+        parts += measured(name)
         parts.append("")
     parts.append(f"## Registers, shared memory and spills\n\nAs ptxas reports them, triton {triton.__version__}.\n")
     parts.append("| kernel | target | registers | shared memory | spilled |\n| --- | --- | --: | --: | --: |")

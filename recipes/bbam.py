@@ -68,7 +68,8 @@ def explain_image(
 ) -> list[Tensor]:
     """Attribution maps (h, w), one for each box (n, 4) in pixels of the square ``image`` (1, 3, s, s)."""
     size, generator = (image.shape[2], image.shape[3]), torch.Generator().manual_seed(seed)
-    drawn = [jitter_boxes(box, size, count=config.proposals, generator=generator) for box in boxes]
+    drawn = [jitter_boxes(box, size, count=config.proposals, generator=generator).to(image.device) for box in boxes]
+    boxes, classes = boxes.to(image.device), classes.to(image.device)
     with torch.no_grad():
         proposals = F.pad(torch.cat(drawn), (1, 0))
         logits, deltas = detector.detections(image, proposals)
@@ -110,9 +111,9 @@ def write_maps(run: Run, detector: Detector, boxes: Boxes, config: ExplainConfig
         full = image.new_zeros(0, *size, dtype=torch.float32)
         if maps:
             up = [F.interpolate(m[None, None], size, mode="bilinear", align_corners=True)[0] for m in maps]
-            full = torch.cat(up) * boxes_to_masks(corners, size)
+            full = torch.cat(up) * boxes_to_masks(corners, size).to(device)
         keys = classes.unique()
-        cam = torch.stack([full[classes == key].amax(0) for key in keys]) if len(keys) else full
+        cam = torch.stack([full[(classes == key).to(device)].amax(0) for key in keys]) if len(keys) else full
         save_cam(run, name, keys, cam, **{f"object_{k}": mask for k, mask in enumerate(maps)})
 
     known = [name for name in run.train + run.val if name in boxes.of]

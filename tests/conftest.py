@@ -14,6 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--golden", default=None, metavar="DIR", help="folder with SYSTEM/*.safetensors (default: tests/golden/data)"
     )
+    parser.addoption("--golden-device", default="cpu", metavar="DEVICE", help="where golden cases run (default: cpu)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

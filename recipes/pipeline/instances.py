@@ -135,14 +135,14 @@ def find_instances(detector: Detector, head: MaskHead, image: Tensor, score: flo
     boxes, classes, scores = (found[key][chosen] for key in ("boxes", "labels", "scores"))
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
     if len(boxes):
-        logits = head(square, F.pad(boxes, (1, 0)))[torch.arange(len(boxes)), classes]
+        logits = head(square, F.pad(boxes, (1, 0)))[torch.arange(len(boxes), device=boxes.device), classes].cpu()
         scale = torch.tensor([size[1], size[0]] * 2) / detector.size
-        for k, box in enumerate((boxes * scale).round().long()):
+        for k, box in enumerate((boxes.cpu() * scale).round().long()):
             x1, y1, x2, y2 = (int(corner) for corner in box)
             x2, y2 = max(x2, x1 + 1), max(y2, y1 + 1)
             inside = F.interpolate(logits[k][None, None], (y2 - y1, x2 - x1), mode="bilinear", align_corners=False)
             masks[k, y1:y2, x1:x2] = (inside[0, 0] > 0)[: size[0] - y1, : size[1] - x1]
-    return Found(masks.numpy(), classes.numpy(), scores.numpy())
+    return Found(masks.numpy(), classes.cpu().numpy(), scores.cpu().numpy())
 
 
 def write_instances(run: Run, detector: Detector, head: MaskHead, names: Sequence[str], score: float) -> None:
@@ -151,7 +151,7 @@ def write_instances(run: Run, detector: Detector, head: MaskHead, names: Sequenc
     head.to(run.fabric.device).eval()
 
     def work(name: str) -> None:
-        found = find_instances(detector, head, image_tensor(run.dataset.image(name)), score)
+        found = find_instances(detector, head, image_tensor(run.dataset.image(name)).to(run.fabric.device), score)
         save_arrays(run.path("found", f"{name}.npz"), **found._asdict())
 
     run.for_each(names, lambda name: run.path("found", f"{name}.npz"), work)

@@ -48,8 +48,8 @@ class Case:
     _leaves: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def read(cls, path: Path) -> Case:
-        with safe_open(path, framework="pt") as file:
+    def read(cls, path: Path, device: str = "cpu") -> Case:
+        with safe_open(path, framework="pt", device=device) as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
             meta = dict(file.metadata() or {})
         groups: dict[str, dict[str, Tensor]] = {"in": {}, "param": {}, "cot": {}, "expected": {}}
@@ -83,7 +83,7 @@ class Case:
         renamed = {key: rename(key.removeprefix("param.")) for key in self.params}
         state = {ours: self.params[key] for key, ours in renamed.items() if ours is not None}
         dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
-        module.to(*dtypes)
+        module.to(*{value.device for value in state.values()}, *dtypes)
         missing, unexpected = module.load_state_dict(state, strict=False)
         missing = [key for key in missing if not key.endswith("num_batches_tracked")]
         if missing or unexpected:
@@ -139,9 +139,9 @@ def check(case: Case, values: Mapping[str, Any]) -> list[str]:
     return failures
 
 
-def run(path: Path, adapters: Mapping[str, Adapter] = ADAPTERS) -> None:
-    """Run one golden file through its adapter; raise `GoldenError` with all that differs."""
-    case = Case.read(path)
+def run(path: Path, adapters: Mapping[str, Adapter] = ADAPTERS, device: str = "cpu") -> None:
+    """Run one golden file through its adapter on ``device``; raise `GoldenError` with all that differs."""
+    case = Case.read(path, device)
     if not case.expected:
         raise GoldenError(f"{case.path.name}: holds no out.* or grad.* value")
     if case.name not in adapters:

@@ -178,7 +178,7 @@ def compare(key: str, value: Value, stored: Tensor) -> str | None:
     """Return a line that says how ``value`` misses ``stored``, or None if it does not."""
     if isinstance(value, Tensor):
         raise TypeError("compare: expected a Within, Agreement or Overlap; choose_rule(...).apply(tensor) makes one")
-    ours = value.value.detach().cpu()
+    ours, stored = value.value.detach().cpu(), stored.cpu()
     if tuple(ours.shape) != tuple(stored.shape):
         return f"{key}: expected shape {tuple(stored.shape)}, got {tuple(ours.shape)}"
     known = torch.ones_like(stored, dtype=torch.bool)

@@ -43,7 +43,7 @@ class Build:
     floats: str = "fp32"
     types: dict[str, str] = field(default_factory=dict)
     label: str = ""
-    warps: int = 4
+    options: dict[str, int] = field(default_factory=dict)  # of the launch
 
     @property
     def name(self) -> str:
@@ -71,7 +71,7 @@ class Report:
 def build(build: Build, capability: int) -> Report:
     """Compile to a cubin and read what the assembler reports."""
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(build.source(), target=target, options={"num_warps": build.warps})
+    compiled = triton.compile(build.source(), target=target, options=build.options)
     if not compiled.asm["cubin"]:
         raise RuntimeError(f"{build.name}: no cubin for sm_{capability}")
     architecture = "sm_90a" if capability == 90 else f"sm_{capability}"
@@ -92,28 +92,34 @@ def build(build: Build, capability: int) -> Report:
     return Report(registers, compiled.metadata.shared, spilled)
 
 
-AVERAGE = {"BLOCK_C": pixel_adaptive.MAX_BLOCK_C, "BLOCK_N": pixel_adaptive.BLOCK_N, "ACC": tl.float32}
 OFFSETS = {"offsets_ptr": "*i32"}
-PAIRS = relu_correlation.BLOCKS
 WALK = {"BLOCK_C": stencil_walk.MAX_BLOCK_C, "BLOCK_N": stencil_walk.BLOCK_N, "ACC": tl.float32}
 NUMBERS = {"scale": "fp32", "momentum": "fp32", "weight": "fp32", "eps": "fp32"}
-LABELLED = {"BLOCK_N": boundary_costs.BLOCK_N, "UNKNOWN": 255}
 COSTS = {"label_ptr": "*u8", "starts_ptr": "*i32", "points_ptr": "*i32", "costs_ptr": "*fp32", "counts_ptr": "*i32"}
 COSTS |= {"grad_ptr": "*fp32", "out_ptr": "*fp32"} | {"offsets_ptr": "*i32"} | NUMBERS
-MESSAGES = {"BLOCK_C": 32, "BLOCK_I": gaussian_messages.BLOCK_I, "BLOCK_J": gaussian_messages.BLOCK_J}
 CONTRAST = {"BLOCK_C": 32, "BLOCK_P": prototype_contrast.BLOCK_P, "BLOCK_D": prototype_contrast.BLOCK_D}
 OF_PIXELS = {"target_ptr": "*i64", "known_ptr": "*i8", "cost_ptr": "*fp32", "own_ptr": "*fp32", "scale": "fp32"}
 SUMS = {"sums_ptr": "*fp32", "totals_ptr": "*fp32", "u_ptr": "*fp32", "v_ptr": "*fp32"}
 
 
+def parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """What a launch is given as constants of the kernel and as options of the compiler."""
+    compiler = {key: value for key, value in options.items() if key.startswith("num_")}
+    return {key: value for key, value in options.items() if key not in compiler}, compiler
+
+
 def builds() -> Iterator[Build]:
     """All kernels, for 21 classes and in the precisions that they are used in."""
     for floats in ("fp32", "bf16"):
-        yield Build(pixel_adaptive.average_kernel, AVERAGE, floats, OFFSETS)
-        yield Build(pixel_adaptive.maps_gradient_kernel, AVERAGE, floats, OFFSETS)
-        yield Build(pixel_adaptive.weights_gradient_kernel, AVERAGE, floats, OFFSETS)
-        yield Build(boundary_costs.costs_kernel, LABELLED, floats, COSTS)
-        yield Build(boundary_costs.logits_gradient_kernel, LABELLED, floats, COSTS)
+        for kernel, blocks in (
+            (pixel_adaptive.average_kernel, pixel_adaptive.AVERAGE),
+            (pixel_adaptive.maps_gradient_kernel, pixel_adaptive.MAPS_GRADIENT),
+            (pixel_adaptive.weights_gradient_kernel, pixel_adaptive.WEIGHTS_GRADIENT),
+        ):
+            yield Build(kernel, blocks | {"ACC": tl.float32}, floats, OFFSETS)
+        labelled, launch = parted(boundary_costs.OPTIONS | {"UNKNOWN": 255})
+        yield Build(boundary_costs.costs_kernel, labelled, floats, COSTS, options=launch)
+        yield Build(boundary_costs.logits_gradient_kernel, labelled, floats, COSTS, options=launch)
     for what, label in (
         (stencil_walk.PRODUCT, "product"),
         (stencil_walk.CHANGE, "change"),
@@ -124,14 +130,15 @@ def builds() -> Iterator[Build]:
     yield Build(stencil_walk.values_gradient_kernel, gradient, types=OFFSETS | NUMBERS)
     for precision in ("ieee", "tf32"):
         exact = {"PRECISION": precision}
-        sums = PAIRS | exact | {"BLOCK_C": 32}
-        yield Build(relu_correlation.sums_kernel, sums, types=SUMS, label=precision, warps=8)
-        keys = PAIRS | exact | {"BLOCK_OUT": relu_correlation.MAX_BLOCK_OUT}
-        yield Build(relu_correlation.keys_gradient_kernel, keys, types=SUMS, label=precision, warps=8)
+        sums, launch = parted(relu_correlation.SUMS[precision] | exact | {"BLOCK_C": 32})
+        yield Build(relu_correlation.sums_kernel, sums, types=SUMS, label=precision, options=launch)
+        keys, launch = parted(relu_correlation.KEYS_GRADIENT[precision] | exact)
+        yield Build(relu_correlation.keys_gradient_kernel, keys, types=SUMS, label=precision, options=launch)
         for features in (2, 5):
             label = f"{features} features-{precision}"
-            constants = MESSAGES | exact | {"N_FEATURES": features}
-            yield Build(gaussian_messages.messages_kernel, constants, label=label)
+            constants, launch = parted(gaussian_messages.OPTIONS[precision] | exact)
+            constants |= {"BLOCK_C": 32, "N_FEATURES": features}
+            yield Build(gaussian_messages.messages_kernel, constants, label=label, options=launch)
         for ranked in (False, True):
             label = f"{'semi-hard' if ranked else 'all'}-{precision}"
             constants = CONTRAST | exact | {"RANKED": ranked}

@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.kernels.conftest import opcheck_reads_grad
 from wsss_losses import boundary_affinity_loss, inter_pixel_relation_loss
 
-CASES = {  # B, H, W, radius, border; a program has 128 pixels
+CASES = {  # B, H, W, radius, border; a program has 64 pixels
     "B1-2x2-r2": (1, 2, 2, 2, "full"),
     "B2-9x12-r4": (2, 9, 12, 4, "released"),
     "B1-13x7-r5": (1, 13, 7, 5, "full"),

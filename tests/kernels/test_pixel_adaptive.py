@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.kernels.conftest import opcheck_reads_grad
 from wsss_modules.refinement.pixel_adaptive import DILATIONS, PixelAdaptiveKernel, _ring_offsets
 
-SHAPES = {  # B, C, H, W; a program has 128 pixels and 16 maps at most
+SHAPES = {  # B, C, H, W; a program has 256 pixels and 2 maps
     "B1-C1-1x1": (1, 1, 1, 1),
     "B2-C3-7x5": (2, 3, 7, 5),
     "B1-C21-9x33": (1, 21, 9, 33),

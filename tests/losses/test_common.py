@@ -79,6 +79,34 @@ def test_loss_and_gradient_are_finite_and_attached(case: LossCase, situation: st
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=False))
 
 
+def on_device(x: Any, device: str) -> Any:
+    """An argument there; predictions stay leaves, a tuple of tensors keeps its type."""
+    if isinstance(x, Tensor):
+        return x.detach().to(device).requires_grad_(x.requires_grad)
+    return type(x)(*(on_device(part, device) for part in x)) if isinstance(x, tuple) else x
+
+
+@pytest.mark.gpu
+@each_loss
+@each_situation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_gpu_gives_what_the_cpu_gives(case: LossCase, situation: str, dtype: torch.dtype) -> None:
+    if dtype == torch.float32 and situation in case.ties_in:
+        pytest.skip("rounding decides between classes that tie")
+    inputs = arguments(case, situation, dtype)
+    exact = arguments(case, situation)
+    moved = [on_device(x, "cuda") for x in inputs]
+    result, expected = case.function(*moved, **case.options), case.function(*exact, **case.options)
+    rtol = TOLERANCE.get(dtype, 1e-7)
+    for found, reference in zip(*(([r] if isinstance(r, Tensor) else r) for r in (result, expected)), strict=True):
+        torch.testing.assert_close(found.cpu().double(), reference, rtol=rtol, atol=rtol)
+    pairs = zip(gradients(case, result, moved), gradients(case, expected, exact), strict=True)
+    for found, reference in pairs:
+        torch.testing.assert_close(
+            found.cpu().double(), reference, rtol=rtol, atol=rtol * max([1.0, *reference.abs().flatten().tolist()])
+        )
+
+
 @each_loss
 def test_gradcheck(case: LossCase) -> None:
     for options in (case.options, *case.varies):

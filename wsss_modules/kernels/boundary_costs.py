@@ -22,7 +22,8 @@ from torch import Tensor
 from wsss_modules.affinity.offsets import path_offsets, source_box
 from wsss_modules.kernels.launch import refuse_float64
 
-BLOCK_N = 128
+BLOCK_N = 64
+OPTIONS = {"BLOCK_N": BLOCK_N, "num_warps": 1}
 
 
 @triton.jit
@@ -153,7 +154,7 @@ def boundary_pair_costs(logits: Tensor, labels: Tensor, radius: int, full: bool,
     counts = torch.empty((len(x), programs, 3), dtype=torch.int32, device=x.device)
     if x.numel():
         tables, sizes = _paths(radius, x.device), _sizes(x, radius, full)
-        options = {"UNKNOWN": 255 if label.dtype == torch.uint8 else -1, "BLOCK_N": BLOCK_N}
+        options = {"UNKNOWN": 255 if label.dtype == torch.uint8 else -1, **OPTIONS}
         costs_kernel[(programs, len(x))](x, label, *tables, costs, counts, *sizes, eps, **options)
     return costs.sum((0, 1)), counts.sum((0, 1))
 
@@ -177,7 +178,7 @@ def boundary_pair_costs_backward(
     if x.numel():
         grid = (triton.cdiv(x[0].numel(), BLOCK_N), len(x))
         tables, sizes = _paths(radius, x.device), _sizes(x, radius, full)
-        options = {"UNKNOWN": 255 if label.dtype == torch.uint8 else -1, "BLOCK_N": BLOCK_N}
+        options = {"UNKNOWN": 255 if label.dtype == torch.uint8 else -1, **OPTIONS}
         logits_gradient_kernel[grid](x, label, *tables, grad.float().contiguous(), out, *sizes, eps, **options)
     return out.to(logits.dtype)
 

@@ -19,9 +19,17 @@ from torch import Tensor
 
 from wsss_modules.kernels.launch import block, precision, refuse_float64
 
-MAX_BLOCK_C, MAX_BLOCK_OUT = 32, 64
-BLOCKS = {"BLOCK_E": 16, "BLOCK_I": 32, "BLOCK_J": 32}
-OPTIONS = {**BLOCKS, "num_warps": 8}  # with 4, exact products of float32 would spill
+MAX_BLOCK_C = 32
+# for exact products of float32 and for TF32, the fastest of those tried on an H100 that spill no register; BLOCK_OUT is
+# the most that a program has
+SUMS = {
+    "ieee": {"BLOCK_E": 32, "BLOCK_I": 128, "BLOCK_J": 64, "num_warps": 8, "num_stages": 1},
+    "tf32": {"BLOCK_E": 32, "BLOCK_I": 32, "BLOCK_J": 64, "num_warps": 4, "num_stages": 1},
+}
+KEYS_GRADIENT = {
+    "ieee": {"BLOCK_OUT": 128, "BLOCK_E": 32, "BLOCK_I": 32, "BLOCK_J": 64, "num_warps": 8, "num_stages": 1},
+    "tf32": {"BLOCK_OUT": 256, "BLOCK_E": 32, "BLOCK_I": 32, "BLOCK_J": 32, "num_warps": 8, "num_stages": 2},
+}
 
 
 @triton.jit
@@ -136,10 +144,9 @@ def relu_correlation(maps: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     sums = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     totals = torch.empty((batch, n_pixels), dtype=torch.float32, device=x.device)
     if totals.numel():
-        block_c = block(n_maps, MAX_BLOCK_C, 16)
-        grid = (triton.cdiv(n_pixels, BLOCKS["BLOCK_J"]), max(1, triton.cdiv(n_maps, block_c)), batch)
-        sizes = (n_maps, k.shape[1], n_pixels)
-        sums_kernel[grid](x, k, sums, totals, *sizes, BLOCK_C=block_c, PRECISION=precision(), **OPTIONS)
+        blocks = {**SUMS[precision()], "BLOCK_C": block(n_maps, MAX_BLOCK_C, 16)}
+        grid = (triton.cdiv(n_pixels, blocks["BLOCK_J"]), max(1, triton.cdiv(n_maps, blocks["BLOCK_C"])), batch)
+        sums_kernel[grid](x, k, sums, totals, n_maps, k.shape[1], n_pixels, PRECISION=precision(), **blocks)
     return sums, totals
 
 
@@ -162,10 +169,10 @@ def keys_gradient(grad_sums: Tensor, grad_totals: Tensor, maps: Tensor, keys: Te
         x, ones = maps.float(), torch.ones_like(grad_totals)[:, None]
         u = torch.cat([x, ones, grad_sums, grad_totals[:, None]], 1)
         v = torch.cat([grad_sums, grad_totals[:, None], x, ones], 1)
-        block_out = block(n_keys, MAX_BLOCK_OUT, 16)
-        grid = (triton.cdiv(n_pixels, BLOCKS["BLOCK_J"]), triton.cdiv(n_keys, block_out), batch)
-        sizes = (n_keys, u.shape[1], n_pixels)
-        keys_gradient_kernel[grid](k, u, v, out, *sizes, BLOCK_OUT=block_out, PRECISION=precision(), **OPTIONS)
+        blocks = KEYS_GRADIENT[precision()]
+        blocks = {**blocks, "BLOCK_OUT": block(n_keys, blocks["BLOCK_OUT"], 16)}
+        grid = (triton.cdiv(n_pixels, blocks["BLOCK_J"]), triton.cdiv(n_keys, blocks["BLOCK_OUT"]), batch)
+        keys_gradient_kernel[grid](k, u, v, out, n_keys, u.shape[1], n_pixels, PRECISION=precision(), **blocks)
     return out
 
 

@@ -63,18 +63,19 @@ def walk_kernel(
     both = in_maps[:, None] & in_pixels[None, :]
     maps = (image * n_maps + channel)[:, None] * n_pixels  # (BLOCK_C, 1) int64
     at = maps + pixel[None, :]
-    here = tl.load(x_ptr + at, mask=both, other=0).to(ACC)
+    x, values = x_ptr + at, values_ptr + image * n_offsets * n_pixels + pixel
+    here = tl.load(x, mask=both, other=0).to(ACC)
     sums = tl.zeros((BLOCK_C, BLOCK_N), dtype=ACC)
     for p in range(n_offsets):
         dy, dx = tl.load(offsets_ptr + 2 * p), tl.load(offsets_ptr + 2 * p + 1)
-        values = values_ptr + (image * n_offsets + p) * n_pixels
         step = dy * width + dx
         ahead = (row + dy >= 0) & (row + dy < height) & (column + dx >= 0) & (column + dx < width) & in_pixels
         behind = (row - dy >= 0) & (row - dy < height) & (column - dx >= 0) & (column - dx < width) & in_pixels
-        to_ahead = tl.load(values + pixel, mask=ahead, other=0).to(ACC)
-        to_behind = tl.load(values + pixel - step, mask=behind, other=0).to(ACC)
-        at_ahead = tl.load(x_ptr + at + step, mask=in_maps[:, None] & ahead[None, :], other=0).to(ACC)
-        at_behind = tl.load(x_ptr + at - step, mask=in_maps[:, None] & behind[None, :], other=0).to(ACC)
+        to_ahead = tl.load(values, mask=ahead, other=0).to(ACC)
+        to_behind = tl.load(values - step, mask=behind, other=0).to(ACC)
+        at_ahead = tl.load(x + step, mask=in_maps[:, None] & ahead[None, :], other=0).to(ACC)
+        at_behind = tl.load(x - step, mask=in_maps[:, None] & behind[None, :], other=0).to(ACC)
+        values += n_pixels
         if WHAT == 0:
             sums += to_ahead[None, :] * at_ahead + to_behind[None, :] * at_behind
         else:  # differences first: they are small where the map has become smooth

@@ -125,7 +125,7 @@ def path_index(case: Case) -> dict[str, Tensor]:
     for i, length in enumerate(sorted({len(path) for path in paths})):
         same_length = torch.tensor([path for path in paths if len(path) == length])  # (paths, length, 2)
         values[f"out.search_paths_{i}"] = same_length
-        values[f"out.path_indices_{i}"] = source + (same_length @ torch.tensor([width, 1]))[..., None]
+        values[f"out.path_indices_{i}"] = source + (same_length * torch.tensor([width, 1])).sum(-1)[..., None]
     return values
 
 

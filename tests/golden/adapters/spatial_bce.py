@@ -66,4 +66,4 @@ def foreground_ratio_from_labels(case: Case) -> dict[str, Tensor]:
     from recipes.pipeline.ratios import foreground_ratio  # the recipes need more than the library does
 
     mask = case.inputs["in.keys"][case.inputs["in.scores"].argmax(0)]
-    return {"out.fg_ratio": torch.from_numpy(foreground_ratio(mask.numpy(), case.call["num_class"] - 1))}
+    return {"out.fg_ratio": torch.from_numpy(foreground_ratio(mask.cpu().numpy(), case.call["num_class"] - 1))}

@@ -29,7 +29,7 @@ def _background_similarity(situation: str) -> tuple[Tensor, Tensor]:
 
 def _encode_image(images: Tensor) -> Tensor:
     """Stands in for the image tower of an image-text model, with 5 features; in float32 or better, autocast or not."""
-    weight = random(3, 5, seed=19).to(images.dtype)
+    weight = random(3, 5, seed=19).to(images)
     return (images.mean((2, 3))[:, :, None] * weight).sum(1) + 0.5
 
 
