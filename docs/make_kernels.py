@@ -105,10 +105,11 @@ float32 outside of tensor cores, 3.35 TB/s): the floor of a perfect kernel, not 
 The second one gives times in milliseconds, measured on an {device} ({date}, torch
 {torch}, triton {triton}): of the operator alone, replayed from a CUDA graph; and of its public function as called from
 Python, forward and with all gradients, by the kernel and in plain torch on the same GPU, with the memory that the
-latter two need. Medians; calls of more than a second were timed once. Where the operator takes much less than its function, the rest is Python and small
-launches. Results and gradients of both forms were compared first, and differ by the error in the last column, relative
-to the norm. Products of float32 are exact unless `torch.backends.cuda.matmul.allow_tf32` lets torch round its own: rows
-with TF32 are of both forms under that setting, their error of both without.
+latter two need. Medians; calls of more than a second were timed once. Where the operator takes much less than its
+function, the rest is Python and small launches. Results and gradients of both forms were compared first, and differ by
+the error in the last column, relative to the norm. Products of float32 are exact unless
+`torch.backends.cuda.matmul.allow_tf32` lets torch round its own: rows with TF32 are of both forms under that setting,
+their error of both without.
 """
 
 SECTIONS = [
