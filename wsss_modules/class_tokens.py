@@ -219,12 +219,13 @@ class AttentionSums:
 
 def _add_heads(total: Tensor | None, query: Tensor, key: Tensor, num_prefix: int) -> Tensor:
     """Add the mean over heads of the attention to the patches: (B, rows, N)."""
+    share = 1 / query.shape[1]
     for q, k in zip(query.unbind(1), key.unbind(1), strict=True):
-        weights = attention_probabilities(q, k)[..., num_prefix:] / query.shape[1]
+        weights = attention_probabilities(q, k)[..., num_prefix:]
         if total is None:
-            total = weights.clone()
+            total = weights * share
         else:
-            total = total + weights if weights.requires_grad else total.add_(weights)
+            total = total.add(weights, alpha=share) if weights.requires_grad else total.add_(weights, alpha=share)
     assert total is not None  # for mypy: a block has heads
     return total
 
