@@ -68,7 +68,8 @@ def compare(name: str, forms: dict[str, Call], repeat: int, device: str) -> list
 
 def denominators(pixels: Tensor, prototypes: Tensor, classes: Tensor) -> Tensor:
     """Costs of the pixels within a view, as the loss computes them."""
-    return _semi_hard_costs(pixels @ prototypes.mT / 0.1, classes, (3, 13))[0]
+    known = torch.tensor(len(prototypes))
+    return _semi_hard_costs(pixels @ prototypes.mT / 0.1, classes, (3, 13), known)[0]
 
 
 def with_unused_draws(pixels: Tensor, prototypes: Tensor, classes: Tensor) -> Tensor:
