@@ -1,6 +1,6 @@
 """Run all benchmarks, one process each, and write docs/benchmarks.md and docs/data/benchmarks.json.
 
-python -m tests.benchmarks [NAME ...] [--device cuda]
+python -m tests.benchmarks [NAME ...] [--device cuda] [--note "what else ran"]
 
 Each compares its forms first; one whose values differ ends without figures and is named as such. With names, e.g. rca
 c2am, only these are run and the others keep the figures that they have. Run nothing else meanwhile.
@@ -48,7 +48,9 @@ def page(results: dict[str, dict]) -> str:
     parts = [
         "# Benchmarks\n\nWritten by `python -m tests.benchmarks`. Each case runs our form beside the naive or released "
         "one in one process; values are compared first, and a case whose values differ is not reported. Median of "
-        "several calls by the clock; memory is the growth of the process (on a GPU, of the allocator) over one call.\n"
+        "several calls by the clock, of ReviewKD by the processor's; memory is the growth of the process (on a GPU, of the "
+        "allocator) over one call. The machine is shared and its speed changes: compare the rows of a section with each "
+        "other, not with those of another day.\n"
     ]
     for name, result in results.items():
         parts.append(f"## {result['title']}\n\n`python -m tests.benchmarks.bench_{name}`\n")
@@ -69,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; all by default")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--note", default="", help="a condition to name in the page, e.g. what else ran")
     options = parser.parse_args()
     unknown = sorted(set(options.names) - set(names()))
     if unknown:
@@ -82,6 +85,7 @@ def main() -> None:
         print(results[name].get("failed", f"{len(results[name].get('rows', []))} cases"), flush=True)
         if "conditions" in results[name]:
             results[name]["conditions"]["machine"] = machine
+            results[name]["conditions"] |= {"beside": options.note} if options.note else {}
         results = {key: results[key] for key in sorted(results) if key in names()}
         STORED.write_text(json.dumps(results, indent=1) + "\n")
         (DOCS / "benchmarks.md").write_text(page(results))
