@@ -104,10 +104,10 @@ float32 outside of tensor cores, 3.35 TB/s): the floor of a perfect kernel, not 
 
 The second one gives times in milliseconds, measured on an {device} ({date}, torch
 {torch}, triton {triton}): of the operator alone, replayed from a CUDA graph; and of its public function as called from
-Python, forward and with all gradients, by the kernel and in plain torch on the same GPU, with the memory that the
-latter two need. Medians; calls of more than a second were timed once. Where the operator takes much less than its
-function, the rest is Python and small launches. Results and gradients of both forms were compared first, and differ by
-the error in the last column, relative to the norm. Products of float32 are exact unless
+Python, forward and with all gradients, by the kernel and in plain torch on the same GPU, with the memory in MB
+that the latter two need. Medians; calls of more than a second were timed once. Where the operator takes much less than
+its function, the rest is Python and small launches. Results and gradients of both forms were compared first, and
+differ by the error in the last column, relative to the norm. Products of float32 are exact unless
 `torch.backends.cuda.matmul.allow_tf32` lets torch round its own: rows with TF32 are of both forms under that setting,
 their error of both without.
 """
@@ -183,26 +183,22 @@ bilateral kernel of one mean-field step:""",
 
 def measured(kernel: str) -> list[str]:
     """Times of a kernel as a table."""
-    parts = [
-        "\n| size | operator | forward | in torch | with gradients | in torch | memory | in torch | error |\n"
-        "| --- | --: | --: | --: | --: | --: | --: | --: | --: |"
-    ]
-    return parts + [times(row) for row in TIMES["rows"] if row["kernel"] == kernel]
+    titles = "| size | operator | forward | in torch | with gradients | in torch | memory | in torch | error |"
+    rows = [times(row) for row in TIMES["rows"] if row["kernel"] == kernel]
+    return ["", titles, "| --- |" + " --: |" * 8, *rows]
 
 
 def times(row: dict[str, Any]) -> str:
     """A size as a row of the table of times."""
     kinds = ("operator", "forward", "forward_torch", "gradients", "gradients_torch")
-    cells = [milliseconds(row[kind]) for kind in kinds]
-    cells += [f"{row[kind]:,.{0 if row[kind] >= 10 else 1}f} MB" for kind in ("peak_mb", "peak_mb_torch")]
-    return f"| {' | '.join([row['size'], *cells, format(row['error'], '.0e')])} |"
+    cells = ["-" if row[kind] is None else digits(row[kind] * 1e3) for kind in kinds]
+    cells += [digits(row[kind]) for kind in ("peak_mb", "peak_mb_torch")]
+    return f"| {' | '.join([row['size'], *cells, format(row['error'], '.0e').replace('e-0', 'e-')])} |"
 
 
-def milliseconds(seconds: float | None) -> str:
-    """Three digits."""
-    if seconds is None:
-        return ""
-    return f"{seconds * 1e3:,.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
+def digits(number: float) -> str:
+    """Three digits, more before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def page() -> str:

@@ -53,7 +53,9 @@ that continues another's classifier counts its time by the clock too. Runs with 
 on them and `irn-s1` had two torch threads; the others had one. The same seed with another number of threads
 rounds differently and ends elsewhere (`cam`, seed 0: 52.0 and 53.1): differences of a point are noise, and a system
 should be compared with the `cam` that it stands on, which the notes below the table name.
+"""
 
+PHOTOGRAPHS_REMARKS = """\
 `rw` and `irn` lift the plain CAMs above what the dense CRF alone gives them, with either random seed. RW's masks are
 better than IRN's here, the reverse of what was published with larger backbones. Two differences may explain it: RW
 fine-tunes the backbone of its affinity network, and starts it from the classifier, while IRN's stays frozen under
@@ -150,8 +152,11 @@ have masks, on which seeds and masks are measured. Preset `demo`, which takes mi
 what makes the task hard (a telling part on a body shared with other classes, grounds that go with a class) and
 nothing of what photographs have besides, so that the order of systems need not be that of photographs. Most trainings
 have 75 to 120 steps, so that the table shows more of how a system bears a short training than of how good it is. One
-seed each, and the constants of the papers unless said. What the rows below the plain CAM have in common, and other
-remarks:
+seed each, and the constants of the papers unless said.
+"""
+
+DEMO_REMARKS = """\
+What rows below the plain CAM have in common, and more:
 
 - Maps that are too broad for their constant. `ppc` finds 92 % of the objects' pixels, and of the background 23: at its
   best threshold, 0.56, the seeds would be at 44.2, and the refinement learns from areas that the published constants
@@ -174,7 +179,7 @@ remarks:
   become so certain in it that they overrule or contradict the saliency. By now both recipes take the labels without
   it by default; they have not been run again.
 """
-PARTS = {"runs": PHOTOGRAPHS, "demo": DEMO}
+PARTS = {"runs": (PHOTOGRAPHS, PHOTOGRAPHS_REMARKS), "demo": (DEMO, DEMO_REMARKS)}
 
 
 def main(folders: list[Path]) -> None:
@@ -183,14 +188,14 @@ def main(folders: list[Path]) -> None:
         keep(folder)
     systems = list(discover())
     lines = [TITLE]
-    for part, introduction in PARTS.items():
+    for part, (introduction, remarks) in PARTS.items():
         runs = {file.stem: json.loads(file.read_text()) for file in sorted((RECORDS / part).glob("*.json"))}
         results = Results(runs, systems)
         pictures = []
         for name, svg in results.plots().items():
             pictures.append(f"images/results_{part}_{name}")
             write_text(HERE / pictures[-1], svg)
-        lines += [introduction, *markdown(results, pictures, level=3)]
+        lines += [introduction, *markdown(results, pictures, level=3, remarks=remarks)]
         if part == "runs":
             before, after = FIGURES.split(README.read_text(encoding="utf-8"))
             write_text(README, before + figures(results) + after)

@@ -292,18 +292,20 @@ class Results:
 # The forms: Markdown, one HTML file, CSV.
 
 
-def markdown(results: Results, pictures: Sequence[str] = (), level: int = 2) -> list[str]:
+def markdown(results: Results, pictures: Sequence[str] = (), level: int = 2, remarks: str = "") -> list[str]:
     """The whole page as lines, without a title.
 
     Args:
         results: the runs.
         pictures: addresses of the plots, as seen from the page.
         level: of the headings.
+        remarks: what is to be said of the rows, in Markdown, below the table of all systems.
     """
     heading = "#" * level
     miou, *others = results.overview()
     lines = miou.markdown(level)
     lines += [line for picture in pictures for line in (f"![{PICTURED}]({picture})", "")]
+    lines += [f"{heading} Remarks\n", remarks] if remarks else []
     for grid in others:
         lines += grid.markdown(level)
     unfair = results.unfair()
