@@ -39,13 +39,20 @@ class _Mask:
         self.label = mask.to(dtype)
         self.background, self.foreground, self.known = ((test).to(dtype) for test in (mask == 0, mask > 0, mask >= 0))
 
-    def groups(self, boxes: _Boxes) -> _Groups:
-        same = _at(self.label, boxes.source).clone()
-        torch.eq(same, _at(self.label, boxes.destination), out=same)
+    def positives(self, boxes: _Boxes) -> tuple[Tensor, Tensor]:
+        """``bg_pos`` and ``fg_pos`` of :meth:`groups`."""
+        label = _at(self.label, boxes.source)
+        same = torch.eq(label, _at(self.label, boxes.destination), out=torch.empty_like(label))
         bg_pos = _at(self.background, boxes.source) * _at(self.background, boxes.destination)
-        fg_pos = same.mul_(_at(self.foreground, boxes.source))
-        neg = (_at(self.known, boxes.source) * _at(self.known, boxes.destination)).sub_(bg_pos).sub_(fg_pos)
-        return _Groups(bg_pos, fg_pos, neg)
+        return bg_pos, same.mul_(_at(self.foreground, boxes.source))
+
+    def pairs(self, boxes: _Boxes) -> Tensor:
+        """The pairs that are in any group."""
+        return _at(self.known, boxes.source) * _at(self.known, boxes.destination)
+
+    def groups(self, boxes: _Boxes) -> _Groups:
+        bg_pos, fg_pos = self.positives(boxes)
+        return _Groups(bg_pos, fg_pos, self.pairs(boxes).sub_(bg_pos).sub_(fg_pos))
 
 
 def hide_ignored(mask: Tensor, ignore_index: int, num_classes: int | None) -> Tensor:
@@ -84,9 +91,11 @@ def pair_counts(mask: Tensor, radius: int, full: bool) -> Tensor:
     for chunk in _chunks(mask):
         maps = _Mask(mask[chunk], torch.float32)
         for offset in affinity_offsets(radius):
-            groups = maps.groups(_boxes(offset, (mask.shape[1], mask.shape[2]), radius, full))
+            boxes = _boxes(offset, (mask.shape[1], mask.shape[2]), radius, full)
             # the sum of one image: float32 counts exactly up to 2**24
-            counts += torch.stack([group.sum((1, 2)).to(torch.int64).sum() for group in groups])
+            members = (*maps.positives(boxes), maps.pairs(boxes))
+            counts += torch.stack([group.sum((1, 2)).to(torch.int64).sum() for group in members])
+    counts[2] -= counts[0] + counts[1]
     return counts
 
 
@@ -170,10 +179,10 @@ def displacement_costs(displacement: Tensor, mask: Tensor, radius: int, full: bo
         field, maps = displacement[chunk], _Mask(mask[chunk], displacement.dtype)
         for offset in affinity_offsets(radius):
             boxes = _boxes(offset, (displacement.shape[2], displacement.shape[3]), radius, full)
-            groups = maps.groups(boxes)
-            dy, dx = _displacement_error(field, offset, boxes, groups).abs_().unbind(1)
+            bg_pos, fg_pos = maps.positives(boxes)
+            dy, dx = _displacement_error(field, offset, boxes, fg_pos).abs_().unbind(1)
             error = dy.add_(dx)
-            costs += torch.stack([(error * group).sum() for group in (groups.bg_pos, groups.fg_pos)])
+            costs += torch.stack([(error * group).sum() for group in (bg_pos, fg_pos)])
     return costs
 
 
@@ -190,14 +199,13 @@ def _(displacement: Tensor, mask: Tensor, radius: int, full: bool) -> Tensor:
 def displacement_costs_backward(grad: Tensor, displacement: Tensor, mask: Tensor, radius: int, full: bool) -> Tensor:
     """Gradient of :func:`displacement_costs` with respect to ``displacement``, from ``grad`` (2,)."""
     result = torch.zeros_like(displacement)
-    slopes = torch.cat([grad, grad.new_zeros(1)])
     for chunk in _chunks(displacement):
         field, maps = displacement[chunk], _Mask(mask[chunk], displacement.dtype)
         for offset in affinity_offsets(radius):
             boxes = _boxes(offset, (displacement.shape[2], displacement.shape[3]), radius, full)
-            groups = maps.groups(boxes)
-            push = _displacement_error(field, offset, boxes, groups).sign_()
-            push.mul_(_weigh(groups, slopes)[:, None])
+            bg_pos, fg_pos = maps.positives(boxes)
+            push = _displacement_error(field, offset, boxes, fg_pos).sign_()
+            push.mul_((bg_pos * grad[0]).addcmul_(fg_pos, grad[1])[:, None])
             _at(result[chunk], boxes.source).add_(push)
             _at(result[chunk], boxes.destination).sub_(push)
     return result
@@ -208,11 +216,11 @@ def _(grad: Tensor, displacement: Tensor, mask: Tensor, radius: int, full: bool)
     return torch.empty_like(displacement)
 
 
-def _displacement_error(displacement: Tensor, offset: Offset, boxes: _Boxes, groups: _Groups) -> Tensor:
+def _displacement_error(displacement: Tensor, offset: Offset, boxes: _Boxes, fg_pos: Tensor) -> Tensor:
     """Delta minus its target, the offset in fg_pos and 0 elsewhere: (B, 2, h, w)."""
     error = _at(displacement, boxes.source) - _at(displacement, boxes.destination)
     for component, target in enumerate(offset):
-        error[:, component].sub_(groups.fg_pos, alpha=target)
+        error[:, component].sub_(fg_pos, alpha=target)
     return error
 
 
