@@ -113,7 +113,7 @@ Of the systems that train the classifier differently, all on the same backbone, 
   that is the reason was not tested. The walk (with OC-CSE's backgrounds for the confident areas) spreads what the
   maps have and leaves what they lack: 61.7, where RW makes 65.5 of the plain CAMs of `cam-s0`, most of it lost on
   dogs (recall 51 %) and cows (58 %).
-- `ppc`, on SEAM, has the best maps of all systems so far, 59.0 and 59.2 on train and val, and its published constant
+- `ppc`, on SEAM, has the best maps of those from tags alone, 59.0 and 59.2 on train and val, and its published constant
   (0.26) is nearly the best (0.32 and 0.29). How much of the gain is SEAM's and how much the contrast's was not tested;
   its cells have 16 pixels where those of `cam` have 32. RW's walk, at PPC's exponents (4 and 24 for the confident
   areas, 16 for the background that walks along), makes 62.6 of them, less than of the plain CAMs (65.5): recall rises

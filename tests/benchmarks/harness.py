@@ -55,7 +55,7 @@ class _PeakRSS(threading.Thread):
 
 def measure(name: str, call: Callable[[], object], repeat: int = 5, device: str = "cpu") -> Timing:
     """Run ``call`` once for memory, then ``repeat`` times, short ones more often, for the median time."""
-    peak = _peak(call, device)
+    peak = peak_mb(call, device)
     seconds: list[float] = []
     while len(seconds) < repeat or sum(seconds) < SHORTEST:
         start = time.perf_counter()
@@ -72,7 +72,7 @@ def measure_in_turn(calls: Mapping[str, Callable[[], object]], repeat: int = 5, 
     What else the machine does meanwhile then weighs on none of them more than on the others.
     """
     clock = time.perf_counter if device == "cuda" else time.process_time
-    peaks = {name: _peak(call, device) for name, call in calls.items()}
+    peaks = {name: peak_mb(call, device) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     while any(len(own) < repeat or sum(own) < SHORTEST for own in seconds.values()):
         for name, call in calls.items():
@@ -84,7 +84,7 @@ def measure_in_turn(calls: Mapping[str, Callable[[], object]], repeat: int = 5, 
     return [Timing(name, median(own), peaks[name]) for name, own in seconds.items()]
 
 
-def _peak(call: Callable[[], object], device: str) -> float:
+def peak_mb(call: Callable[[], object], device: str) -> float:
     """MB that one call needs on top of what is there."""
     gc.collect()
     _return_freed_memory()

@@ -10,8 +10,8 @@ from tests.golden.case import run
 
 
 @pytest.mark.golden
-def test_golden(golden_file: Path, request: pytest.FixtureRequest) -> None:
+def test_golden(golden_file: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     device = request.config.getoption("--golden-device")
-    torch.backends.cudnn.allow_tf32 = False  # convolutions of float32 are not rounded in between
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions of float32 are not rounded in between
     with torch.device(device):  # what adapters make is there too
         run(golden_file, device=device)
