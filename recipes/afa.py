@@ -34,17 +34,16 @@ from recipes.pipeline.cams import write_maps
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
-from recipes.pipeline.segmentation import measure_segmentation_masks, write_segmentations
-from recipes.pipeline.segmenter import SegFormerHead
+from recipes.pipeline.segmentation import keep_and_measure
+from recipes.pipeline.segmenter import SegFormer, SegFormerConfig, SegFormerHead
 from recipes.pipeline.training import FramedCrops, Moment, RandomLongSide, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, scaled_size, views
-from recipes.settings.afa import CRF, PRESETS, AFAConfig, Config
+from recipes.settings.afa import PRESETS, AFAConfig, Config
 from wsss_losses import AFATerms, afa_loss
 from wsss_modules import (
     AffinityRandomWalk,
     AttentionAffinityHead,
     CAMHead,
-    DenseCRF,
     PixelAdaptiveRefinement,
     denormalize_images,
     labels_to_affinity,
@@ -172,7 +171,8 @@ def train(run: Run, model: AFANet, config: AFAConfig) -> None:
 
 def found_in(run: Run, model: AFANet, name: str, scales: Sequence[float]) -> Localised:
     image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
-    at_each_scale = list(views(image, model, scales, multiple=model.trunk.output_stride))
+    stride, smallest = model.trunk.output_stride, model.trunk.smallest
+    at_each_scale = list(views(image, model, scales, multiple=stride, smallest=smallest))
     return localise(model, at_each_scale, tuple(image.shape[-2:]))
 
 
@@ -200,26 +200,10 @@ def write_walks(run: Run, model: AFANet, config: AFAConfig, scales: Sequence[flo
     write_masks(run, run.train, mask_of)
 
 
-def merge_views(logits: Sequence[Tensor]) -> Tensor:
-    """Segmentations (2, C, h, w) of an image and its mirror image at several scales: averaged, the largest taken.
-
-    Returns (1, C, h, w) at the size of the first.
-    """
-    size = logits[0].shape[-2:]
-    large = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in logits]
-    return torch.stack([(x[:1] + x[1:].flip(-1)) / 2 for x in large]).amax(0)
-
-
 def segment(run: Run, model: AFANet, config: Config) -> None:
-    """Masks of the decoder, and those that a dense CRF refines."""
-
-    def probabilities_of(image: Tensor) -> Tensor:
-        at_each_scale = views(image, model, config.test_scales, multiple=model.trunk.output_stride)
-        merged = merge_views([model(x).seg_logits for x in at_each_scale])
-        return F.interpolate(merged, image.shape[-2:], mode="bilinear", align_corners=False)[0].softmax(0)
-
-    write_segmentations(run, run.val or run.train, probabilities_of, DenseCRF(CRF) if config.segment_crf else None)
-    measure_segmentation_masks(run, config.segment_crf)
+    """Keep the decoder on its transformer; its masks, and those that a dense CRF refines."""
+    settings = SegFormerConfig(config.tokens, config.afa.decoder_dim, config.test_scales, config.segment_crf)
+    keep_and_measure(run, SegFormer(model.trunk, model.decoder), settings)
 
 
 def main(config: Config) -> dict:

@@ -42,8 +42,8 @@ from recipes.pipeline.labels import measure_cams, measure_masks, read_mask
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
-from recipes.pipeline.segmentation import measure_segmentation
-from recipes.pipeline.segmenter import DEEPLAB_RATES, SegmentConfig, Segmenter
+from recipes.pipeline.segmentation import keep_and_measure
+from recipes.pipeline.segmenter import CosineSegmenter
 from recipes.pipeline.training import Moment, RandomScale, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, scaled_size, view
 from recipes.settings.bana import PRESETS, BoxConfig, Config
@@ -51,7 +51,6 @@ from wsss_losses import NoiseAwareTerms, noise_aware_loss
 from wsss_modules import (
     BANA_CRF,
     BoxClassifier,
-    CosineClassifier,
     DenseCRF,
     background_mask_from_boxes,
     box_pseudo_labels,
@@ -131,29 +130,6 @@ def write_labels(run: Run, net: BoxNet, boxes: Boxes, config: BoxConfig) -> None
     run.for_each(known, lambda name: run.path("cam", f"{name}.npz"), work)
 
 
-class CosineSegmenter(Segmenter):
-    """The segmentation network with cosines times a temperature in place of its last layer."""
-
-    def __init__(self, config: SegmentConfig, num_classes: int, temperature: float) -> None:
-        super().__init__(config, num_classes)
-        self.temperature = temperature
-        if config.architecture == "deeplabv3plus":
-            channels = self.net.segmentation_head[0].in_channels
-            self.net.segmentation_head = CosineClassifier(channels, num_classes)
-            self.head_modules = [self.net.decoder, self.net.segmentation_head]
-        else:  # DeepLab's fc6, dilated, and fc7
-            rate, channels = DEEPLAB_RATES[config.architecture][0], 1024
-            fc6 = nn.Conv2d(self.encoder.out_channels, channels, 3, padding=rate, dilation=rate)
-            fc7 = nn.Conv2d(channels, channels, 1)
-            head = nn.Sequential(fc6, nn.ReLU(), fc7, nn.ReLU(), CosineClassifier(channels, num_classes))
-            self.net, self.head_modules = head, [head]
-
-    def forward(self, images: Tensor) -> Tensor:
-        if isinstance(self.net, nn.Sequential):
-            return self.temperature * self.net(self.encoder(images).final)
-        return self.temperature * self.net(images)
-
-
 class TwoLabelCrops(Dataset):
     """``image`` (3, crop, crop), and ``mask`` (2, crop, crop): the labels of the CRF and of retrieval, cut alike."""
 
@@ -173,7 +149,7 @@ class TwoLabelCrops(Dataset):
 def train_segmentation(run: Run, config: Config) -> CosineSegmenter:
     """Cross-entropy where both labels agree, weighted by confidence where they do not."""
     settings = config.segment if run.config.max_steps is None else replace(config.segment, weights="random")
-    model = CosineSegmenter(settings, 1 + len(run.dataset.classes), config.temperature)
+    model = CosineSegmenter(settings, 1 + len(run.dataset.classes), temperature=config.temperature)
     transform = crop_transform(RandomScale(*settings.scale), settings.crop, model.mean, model.std)
     sync = run.fabric.world_size > 1
     options = {"temperature": config.temperature, "gamma": config.gamma, "lam": config.lam, "sync": sync}
@@ -204,7 +180,7 @@ def main(config: Config) -> dict:
 
     with run.stage("segment", "Segmentation network with the noise-aware loss"):
         model = train_segmentation(run, config)
-        measure_segmentation(run, model, config.segment)
+        keep_and_measure(run, model, config.segment)
 
     return finish(run)
 

@@ -41,7 +41,7 @@ from recipes.pipeline.models import Classifier, Trunk
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.saliency import is_object, measure_saliency, read_saliency, save_saliency
-from recipes.pipeline.segmentation import segmentation_from_masks, segmentation_probabilities, train_segmentation
+from recipes.pipeline.segmentation import segmentation_from_masks, train_segmentation
 from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import Moment, TaggedCrops, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, views
@@ -144,7 +144,7 @@ def refine_cues(run: Run, config: SegmentConfig) -> None:
     @torch.no_grad()
     def work(name: str) -> None:
         image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
-        save_saliency(run, name, segmentation_probabilities(cues, image, config.test_scales)[1].cpu().numpy())
+        save_saliency(run, name, cues.probabilities(image, config.test_scales)[1].cpu().numpy())
 
     run.for_each(run.train, lambda name: run.path("saliency", f"{name}.png"), work)
 

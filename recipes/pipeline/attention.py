@@ -30,7 +30,8 @@ class AttendingTrunk(nn.Module):
     """A transformer backbone.
 
     ``stem(images)`` is what comes before the blocks of a hybrid and is the same in training and evaluation, so that
-    two passes over the same images may share it; ``encode`` goes on from there. ViT and MiT have no stem.
+    two passes over the same images may share it; ``encode`` goes on from there. ViT and MiT have no stem. Images have
+    at least ``smallest`` pixels a side.
 
     Args:
         config: a timm name, hybrid:NAME or mit_b0 to mit_b2.
@@ -42,7 +43,7 @@ class AttendingTrunk(nn.Module):
         self.name, self.export, self.body = config.backbone, export, None
         if config.backbone in MIT:
             self.encoder: nn.Module = _mix_transformer(config, export)
-            self.mean, self.std, self.output_stride = IMAGENET_MEAN, IMAGENET_STD, 16
+            self.mean, self.std, self.output_stride, self.smallest = IMAGENET_MEAN, IMAGENET_STD, 16, 32
             self.new: list[nn.Module | nn.Parameter] = []
             self.level_channels, self.num_maps = self.encoder.embed_dims, self.encoder.num_maps
         else:
@@ -54,6 +55,7 @@ class AttendingTrunk(nn.Module):
                 trunk.output_stride,
             )
             self.num_maps, self.new, channels = export * trunk.num_heads, [], ()
+            self.smallest = self.output_stride
             if isinstance(trunk.encoder.patch_embed, ConvolutionalPatches):
                 patches = trunk.encoder.patch_embed
                 self.body, trunk.encoder.patch_embed = patches.trunk, patches.projection

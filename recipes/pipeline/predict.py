@@ -14,9 +14,8 @@ from recipes.pipeline.data.image_set import PHOTO_SUFFIXES, read_photo
 from recipes.pipeline.files import replacing, save_mask
 from recipes.pipeline.pictures import class_colours, mask_overlay
 from recipes.pipeline.pretrained import Pretrained
-from recipes.pipeline.segmentation import segmentation_probabilities
 from recipes.pipeline.views import image_tensor
-from wsss_modules import DEEPLAB_CRF, dense_crf, unary_from_scores
+from wsss_modules import dense_crf, unary_from_scores
 
 
 class Prediction(NamedTuple):
@@ -83,9 +82,9 @@ def predict(
             continue
         image = image_tensor(picture).to(device)
         with torch.no_grad():
-            scores = segmentation_probabilities(network, image, trained.config.test_scales)
+            scores = network.probabilities(image, trained.config.test_scales)
             if refine:
-                scores = dense_crf(image[None], unary_from_scores(scores[None]), DEEPLAB_CRF)[0]
+                scores = dense_crf(image[None], unary_from_scores(scores[None]), network.crf_settings)[0]
         mask = scores.argmax(0).byte().cpu().numpy()
         files = out / f"{name}.png", out / f"{name}_overlay.jpg"
         save_mask(files[0], mask, trained.palette_index)

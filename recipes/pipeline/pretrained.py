@@ -6,15 +6,26 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 from torch import nn
 
+from recipes.pipeline.attention import AttendingTrunk
 from recipes.pipeline.files import replacing
-from recipes.pipeline.segmenter import SegmentConfig, Segmenter
+from recipes.pipeline.segmenter import (
+    CosineSegmenter,
+    SegFormer,
+    SegFormerConfig,
+    SegFormerHead,
+    SegmentConfig,
+    Segmenter,
+)
+from recipes.pipeline.transformers import TokenConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+KINDS = {"segmenter": Segmenter, "cosine": CosineSegmenter, "segformer": SegFormer}
 
 
 @dataclass(frozen=True)
@@ -28,16 +39,16 @@ class Pretrained:
         palette_index: (1 + K,), the index of each class in masks that are written.
     """
 
-    network: Segmenter
-    config: SegmentConfig
+    network: Segmenter | SegFormer
+    config: SegmentConfig | SegFormerConfig
     classes: tuple[str, ...]
     palette_index: tuple[int, ...]
 
 
 def save_pretrained(
     folder: Path,
-    network: Segmenter,
-    config: SegmentConfig,
+    network: Segmenter | SegFormer,
+    config: SegmentConfig | SegFormerConfig,
     classes: Sequence[str],
     palette_index: Sequence[int],
     **notes: object,
@@ -48,8 +59,9 @@ def save_pretrained(
         file.write(safetensors.torch.save(state))
     told = {
         "format": 1,
+        "kind": next(name for name, kind in KINDS.items() if type(network) is kind),
         "network": {key: value for key, value in asdict(config).items() if key != "schedule"},
-        "shape": {"depth": network.depth, "decoder_channels": network.decoder_channels},
+        "shape": network.shape,
         "classes": list(classes),
         "palette_index": list(map(int, palette_index)),
         **notes,
@@ -73,14 +85,26 @@ def from_pretrained(folder: Path) -> Pretrained:
         )
     try:
         told = json.loads((folder / CONFIG).read_text())
-        options = {key: tuple(v) if isinstance(v, list) else v for key, v in told["network"].items()}
-        config = SegmentConfig(**{**options, "weights": "random", "frozen_stages": 0})
         classes, palette = tuple(told["classes"]), tuple(told["palette_index"])
-        network = Segmenter(config, 1 + len(classes), **told.get("shape", {}))
+        options = {key: tuple(v) if isinstance(v, list) else v for key, v in told["network"].items()}
+        network, config = _untrained(told.get("kind", "segmenter"), options, told.get("shape", {}), 1 + len(classes))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG}: not the configuration of a network of this version ({error})") from error
     _load(network.net, folder / WEIGHTS)
     return Pretrained(network.eval(), config, classes, palette)
+
+
+def _untrained(
+    kind: str, options: dict[str, Any], shape: dict[str, Any], num_classes: int
+) -> tuple[Segmenter | SegFormer, SegmentConfig | SegFormerConfig]:
+    """The network of a kind as it is made, with random weights."""
+    random = {"weights": "random", "frozen_stages": 0}
+    if KINDS[kind] is SegFormer:
+        config = SegFormerConfig(**{**options, "tokens": TokenConfig(**{**options["tokens"], **random})})
+        trunk = AttendingTrunk(config.tokens)
+        return SegFormer(trunk, SegFormerHead(trunk.level_channels, config.dim, num_classes)), config
+    settings = SegmentConfig(**{**options, **random})
+    return KINDS[kind](settings, num_classes, **shape), settings
 
 
 def _load(network: nn.Module, file: Path) -> None:

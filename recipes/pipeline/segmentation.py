@@ -14,7 +14,7 @@ from recipes.pipeline.files import save_mask
 from recipes.pipeline.labels import measure_masks, read_mask
 from recipes.pipeline.pretrained import save_pretrained
 from recipes.pipeline.run import Run
-from recipes.pipeline.segmenter import SegmentConfig, Segmenter
+from recipes.pipeline.segmenter import SegFormer, SegFormerConfig, SegmentConfig, Segmenter
 from recipes.pipeline.training import (
     IGNORE,
     MaskedCrops,
@@ -24,36 +24,28 @@ from recipes.pipeline.training import (
     fit,
     two_speed_groups,
 )
-from recipes.pipeline.views import image_tensor, views
-from wsss_modules import DEEPLAB_CRF, DenseCRF, unary_from_scores
+from recipes.pipeline.views import image_tensor
+from wsss_modules import DenseCRF, unary_from_scores
 
 
 def segmentation_from_masks(
     run: Run, folder: str, config: SegmentConfig, *, start_from: Segmenter | None = None
 ) -> None:
-    """Train on the masks in ``folder``; segment and measure the val images, or without any the training images.
-
-    The network is kept, see :func:`keep_network`.
-    """
+    """Train on the masks in ``folder``, and :func:`keep_and_measure`."""
     network = train_segmentation(run, lambda name: read_mask(run, name, folder), config, start_from=start_from)
+    keep_and_measure(run, network, config)
+
+
+def keep_and_measure(run: Run, network: Segmenter | SegFormer, config: SegmentConfig | SegFormerConfig) -> None:
+    """Keep a trained network; segment and measure the val images, or without any the training images."""
     keep_network(run, network, config)
-    measure_segmentation(run, network, config)
-
-
-def measure_segmentation(run: Run, network: Segmenter, config: SegmentConfig) -> None:
-    """Segment and measure the val images, or without any the training images."""
     segment(run, network, run.val or run.train, config)
-    measure_segmentation_masks(run, config.crf)
-
-
-def measure_segmentation_masks(run: Run, crf: bool) -> None:
-    """Measure what :func:`write_segmentations` wrote."""
     measure_masks(run, "segmentation", "segmentation")
-    if crf:
+    if config.crf:
         measure_masks(run, "segmentation_crf", "segmentation+crf")
 
 
-def keep_network(run: Run, network: Segmenter, config: SegmentConfig) -> None:
+def keep_network(run: Run, network: Segmenter | SegFormer, config: SegmentConfig | SegFormerConfig) -> None:
     """Write a trained network to ``model/``, for :func:`recipes.pipeline.pretrained.from_pretrained`."""
     if run.fabric.global_rank == 0:
         save_pretrained(
@@ -105,30 +97,20 @@ def pixel_loss(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def segment(
-    run: Run, model: Segmenter, names: Sequence[str], config: SegmentConfig, folder: str = "segmentation"
-) -> None:
-    """Write ``FOLDER/IMAGE.png`` (and ``FOLDER_crf/IMAGE.png`` with ``config.crf``) for ``names``."""
-    model.to(run.fabric.device, memory_format=torch.channels_last).eval()
-
-    def probabilities_of(image: Tensor) -> Tensor:
-        return segmentation_probabilities(model, image, config.test_scales)
-
-    write_segmentations(run, names, probabilities_of, DenseCRF(DEEPLAB_CRF) if config.crf else None, folder)
-
-
-def write_segmentations(
     run: Run,
+    network: Segmenter | SegFormer,
     names: Sequence[str],
-    probabilities_of: Callable[[Tensor], Tensor],
-    crf: DenseCRF | None,
+    config: SegmentConfig | SegFormerConfig,
     folder: str = "segmentation",
 ) -> None:
-    """Write the best class of ``probabilities_of(image)``, (1 + K, H, W), and with ``crf`` that of the refined ones."""
+    """Write ``FOLDER/IMAGE.png`` (and ``FOLDER_crf/IMAGE.png`` with ``config.crf``) for ``names``."""
+    network.to(run.fabric.device, memory_format=torch.channels_last).eval()
+    crf = DenseCRF(network.crf_settings) if config.crf else None
 
     @torch.no_grad()
     def work(name: str) -> None:
         image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
-        probabilities = probabilities_of(image)
+        probabilities = network.probabilities(image, config.test_scales)
         if crf is not None:
             refined = crf(image[None], unary_from_scores(probabilities[None]))[0].argmax(0)
             save_mask(run.path(f"{folder}_crf", f"{name}.png"), refined.byte().cpu().numpy(), run.dataset.palette_index)
@@ -136,15 +118,3 @@ def write_segmentations(
         save_mask(run.path(folder, f"{name}.png"), mask, run.dataset.palette_index)
 
     run.for_each(names, lambda name: run.path(folder, f"{name}.png"), work)
-
-
-def segmentation_probabilities(model: Segmenter, image: Tensor, scales: Sequence[float]) -> Tensor:
-    """Softmax averaged over ``scales`` and mirror images: image (3, H, W) uint8 to (1 + K, H, W)."""
-    height, width = image.shape[-2:]
-    total = image.new_zeros((), dtype=torch.float32)
-    for both in views(image, model, scales, multiple=16):
-        plain, mirrored = model(both)
-        logits = torch.stack([plain, mirrored.flip(-1)]).float()
-        up = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
-        total = total + up.softmax(1).mean(0)
-    return total / len(scales)

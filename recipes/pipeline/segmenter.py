@@ -1,9 +1,14 @@
-"""The segmentation network, DeepLab in three forms on any backbone, and heads for networks of one's own."""
+"""Segmentation networks: DeepLab in three forms on any backbone, with logits or cosines, and SegFormer's decoder.
+
+Each gives the ``probabilities`` (1 + K, H, W) of an image (3, H, W) uint8 seen at several scales, has the ``mean`` and
+``std`` by which images in [0, 1] are normalised, the settings of the dense CRF that refines its masks, and in ``net``
+all of its weights.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import segmentation_models_pytorch as smp
 import timm
@@ -11,8 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.pipeline.attention import AttendingTrunk
 from recipes.pipeline.models import Features, build_trunk, freeze_stages, keep_statistics, load_weights
 from recipes.pipeline.training import Schedule
+from recipes.pipeline.transformers import TokenConfig
+from recipes.pipeline.views import views
+from wsss_modules import DEEPLAB_CRF, CosineClassifier
 
 
 @dataclass(frozen=True)
@@ -92,14 +101,15 @@ class SegFormerHead(nn.Module):
 class Segmenter(nn.Module):
     """Images (B, 3, H, W) to logits (B, 1 + K, h, w), with a backbone whose batch norm keeps its stored statistics.
 
-    ``head_modules`` are the layers without pretrained weights; ``mean`` and ``std`` normalise images in [0, 1]. With
-    DeepLabV3+, ``depth`` (3 to 5) is the number of levels of the encoder, the rest of which is cut off, and
-    ``decoder_channels`` the width of the decoder.
+    ``head_modules`` are the layers without pretrained weights. With DeepLabV3+, ``depth`` (3 to 5) is the number of
+    levels of the encoder, the rest of which is cut off, and ``decoder_channels`` the width of the decoder.
     """
+
+    crf_settings = DEEPLAB_CRF
 
     def __init__(self, config: SegmentConfig, num_classes: int, *, depth: int = 5, decoder_channels: int = 256) -> None:
         super().__init__()
-        self.depth, self.decoder_channels = depth, decoder_channels
+        self.shape: dict[str, float] = {"depth": depth, "decoder_channels": decoder_channels}
         self.encoder: nn.Module
         if config.architecture == "deeplabv3plus":
             self.net = smp.DeepLabV3Plus(
@@ -142,10 +152,98 @@ class Segmenter(nn.Module):
         logits = self.net.segmentation_head(self.net.decoder(features))
         return logits, tuple(features[1:])  # the first is the image itself
 
+    def probabilities(self, image: Tensor, scales: Sequence[float]) -> Tensor:
+        """Softmax averaged over scales and mirror images."""
+        total = image.new_zeros((), dtype=torch.float32)
+        for both in views(image, self, scales, multiple=16):
+            plain, mirrored = self(both)
+            logits = torch.stack([plain, mirrored.flip(-1)]).float()
+            up = F.interpolate(logits, image.shape[-2:], mode="bilinear", align_corners=False)
+            total = total + up.softmax(1).mean(0)
+        return total / len(scales)
+
     def train(self, mode: bool = True) -> Segmenter:
         super().train(mode)
         keep_statistics(self.encoder)
         return self
+
+
+class CosineSegmenter(Segmenter):
+    """The network with cosines times a temperature in place of its last layer, as BANA has it."""
+
+    def __init__(self, config: SegmentConfig, num_classes: int, *, temperature: float) -> None:
+        super().__init__(config, num_classes)
+        self.temperature, self.shape = temperature, {"temperature": temperature}
+        if config.architecture == "deeplabv3plus":
+            channels = self.net.segmentation_head[0].in_channels
+            self.net.segmentation_head = CosineClassifier(channels, num_classes)
+            self.head_modules = [self.net.decoder, self.net.segmentation_head]
+        else:
+            rate = DEEPLAB_RATES[config.architecture][0]
+            head = CosineHead(self.encoder.out_channels, num_classes, rate)
+            self.net, self.head_modules = nn.Sequential(self.encoder, head), [head]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.temperature * self.net(images)
+
+
+class CosineHead(nn.Module):
+    """DeepLab's fc6, dilated, its fc7, and cosines with the weight of each class."""
+
+    def __init__(self, in_channels: int, num_classes: int, rate: int, channels: int = 1024) -> None:
+        super().__init__()
+        self.fc6 = nn.Conv2d(in_channels, channels, 3, padding=rate, dilation=rate)
+        self.fc7 = nn.Conv2d(channels, channels, 1)
+        self.classifier = CosineClassifier(channels, num_classes)
+
+    def forward(self, features: Features) -> Tensor:
+        return self.classifier(self.fc7(self.fc6(features.final).relu()).relu())
+
+
+@dataclass(frozen=True)
+class SegFormerConfig:
+    """A transformer with SegFormer's decoder, and its test."""
+
+    tokens: TokenConfig
+    """The transformer."""
+    dim: int
+    """Width of the decoder."""
+    test_scales: tuple[float, ...]
+    """Sizes of which the largest scores are taken at test time, each with its mirror image."""
+    crf: bool
+    """Also refine the probabilities with a dense CRF."""
+
+
+class SegFormer(nn.Module):
+    """A transformer and SegFormer's decoder, as AFA has them: images (B, 3, H, W) to logits (B, 1 + K, h, w)."""
+
+    crf_settings = replace(DEEPLAB_CRF, gaussian_sxy=3.0, bilateral_sxy=64.0, bilateral_srgb=5.0)  # AFA's
+
+    def __init__(self, trunk: AttendingTrunk, decoder: SegFormerHead) -> None:
+        super().__init__()
+        self.net, self.mean, self.std = nn.Sequential(trunk, decoder), trunk.mean, trunk.std
+        self.shape: dict[str, float] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        trunk, decoder = self.net
+        return decoder(trunk(images, attention=False).levels)
+
+    def probabilities(self, image: Tensor, scales: Sequence[float]) -> Tensor:
+        """Softmax of the largest scores over all scales."""
+        trunk = self.net[0]
+        seen = views(image, self, scales, multiple=trunk.output_stride, smallest=trunk.smallest)
+        merged = merge_views([self(both) for both in seen])
+        return F.interpolate(merged, image.shape[-2:], mode="bilinear", align_corners=False)[0].softmax(0)
+
+
+def merge_views(logits: Sequence[Tensor]) -> Tensor:
+    """Segmentations (2, C, h, w) of an image and its mirror image at several scales: averaged, the largest taken.
+
+    Returns (1, C, h, w) at the size of the first.
+    """
+    size = logits[0].shape[-2:]
+    large = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in logits]
+    return torch.stack([(x[:1] + x[1:].flip(-1)) / 2 for x in large]).amax(0)
 
 
 def cut_off(body: nn.Module) -> None:

@@ -35,17 +35,24 @@ def view(
 
 
 def views(
-    image: Tensor, network: Normalised, scales: Sequence[float], *, long_side: int | None = None, multiple: int = 1
+    image: Tensor,
+    network: Normalised,
+    scales: Sequence[float],
+    *,
+    long_side: int | None = None,
+    multiple: int = 1,
+    smallest: int = 1,
 ) -> Iterator[Tensor]:
     """The image with its mirror image at each of ``scales``, (2, 3, h, w), as ``network`` wants it.
 
     At scale 1 its longer side has ``long_side`` pixels, by default as many as it has; sides are rounded to a
-    ``multiple``.
+    ``multiple`` and are at least the ``smallest`` that the network can see.
     """
     height, width = image.shape[-2:]
     base = 1.0 if long_side is None else long_side / max(height, width)
     for scale in scales:
-        yield view(image, scaled_size(height, width, base * scale, multiple), network.mean, network.std)
+        size = scaled_size(height, width, base * scale, multiple)
+        yield view(image, tuple(max(smallest, side) for side in size), network.mean, network.std)
 
 
 def scaled_size(height: int, width: int, factor: float, multiple: int = 1) -> tuple[int, int]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from recipes.pipeline.run import RunConfig
 from recipes.pipeline.training import AdamSchedule
 from recipes.pipeline.transformers import TokenConfig
-from wsss_modules import DEEPLAB_CRF
-
-CRF = replace(DEEPLAB_CRF, gaussian_sxy=3.0, bilateral_sxy=64.0, bilateral_srgb=5.0)
-"""That of the published segmentations."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from recipes import afa
 from recipes.pipeline.attention import AttendingTrunk
 from recipes.pipeline.run import start
+from recipes.pipeline.segmenter import merge_views
 from recipes.pipeline.training import AdamSchedule, warmup_adamw
 from recipes.pipeline.transformers import TokenConfig
 
@@ -56,7 +57,7 @@ def test_labels_of_a_step_keep_out_of_the_padding_and_the_mode() -> None:
 def test_views_are_merged_by_the_largest_score() -> None:
     low, high = torch.zeros(2, 2, 4, 4), torch.ones(2, 2, 2, 2)
     high[1] = 3.0
-    assert torch.equal(afa.merge_views([low, high]), torch.full((1, 2, 4, 4), 2.0))
+    assert torch.equal(merge_views([low, high]), torch.full((1, 2, 4, 4), 2.0))
 
 
 @pytest.mark.parametrize("crf", [False, True])

@@ -1,6 +1,8 @@
 """A trained segmentation network travels as a folder and segments photographs of any kind."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,20 @@ import torch
 from PIL import Image
 
 from recipes.cli import main
+from recipes.pipeline.attention import AttendingTrunk
 from recipes.pipeline.pretrained import from_pretrained, save_pretrained
-from recipes.pipeline.segmenter import SegmentConfig, Segmenter
+from recipes.pipeline.segmenter import (
+    CosineSegmenter,
+    SegFormer,
+    SegFormerConfig,
+    SegFormerHead,
+    SegmentConfig,
+    Segmenter,
+)
+from recipes.pipeline.transformers import TokenConfig
 
 CONFIG = SegmentConfig(weights="random", test_scales=(1.0,), crop=64)
+LARGEFOV = replace(CONFIG, architecture="largefov", output_stride=8)
 CLASSES, PALETTE = ("cat", "café"), (0, 8, 20)
 
 
@@ -41,14 +53,38 @@ def size_of(path: Path) -> tuple[int, int]:
         return picture.size
 
 
-@pytest.mark.parametrize("shape", [{}, {"depth": 4, "decoder_channels": 16}], ids=["whole", "student"])
-def test_the_network_comes_back_as_it_was(tmp_path: Path, shape: dict[str, int]) -> None:
-    network = Segmenter(CONFIG, 3, **shape).eval()
-    save_pretrained(tmp_path, network, CONFIG, CLASSES, PALETTE, recipe="cam")
+def segformer(backbone: str) -> tuple[SegFormer, SegFormerConfig]:
+    tokens = TokenConfig(backbone, weights="random", dim=48, depth=2, heads=3, grid=4)
+    trunk = AttendingTrunk(tokens)
+    config = SegFormerConfig(tokens, dim=8, test_scales=(1.0,), crf=True)
+    return SegFormer(trunk, SegFormerHead(trunk.level_channels, 8, 3)), config
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (Segmenter(CONFIG, 3), CONFIG),
+        lambda: (Segmenter(CONFIG, 3, depth=4, decoder_channels=16), CONFIG),
+        lambda: (CosineSegmenter(CONFIG, 3, temperature=7.0), CONFIG),
+        lambda: (CosineSegmenter(LARGEFOV, 3, temperature=7.0), LARGEFOV),
+        lambda: segformer("hybrid:tf_efficientnet_lite0"),
+        lambda: segformer("mit_b0"),
+    ],
+    ids=["whole", "student", "cosines", "cosines on DeepLab", "hybrid SegFormer", "SegFormer"],
+)
+def test_the_network_comes_back_as_it_was(tmp_path: Path, make: Callable) -> None:
+    network, config = make()
+    network.eval()
+    save_pretrained(tmp_path, network, config, CLASSES, PALETTE, recipe="cam")
     found = from_pretrained(tmp_path)
-    images = torch.rand(1, 3, 32, 48)
+    images, photograph = torch.randn(1, 3, 32, 48), torch.randint(256, (3, 12, 50), dtype=torch.uint8)
     with torch.no_grad():
         assert torch.equal(found.network(images), network(images))
+        probabilities = found.network.probabilities(photograph, (1.0, 0.5))
+        assert torch.equal(probabilities, network.probabilities(photograph, (1.0, 0.5)))
+    assert probabilities.shape == (3, 12, 50)
+    torch.testing.assert_close(probabilities.sum(0), torch.ones(12, 50))
+    assert (found.config.crf, found.network.crf_settings) == (config.crf, network.crf_settings)
     assert (found.classes, found.palette_index, found.config.test_scales) == (CLASSES, PALETTE, (1.0,))
     assert json.loads((tmp_path / "config.json").read_text())["recipe"] == "cam"
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from recipes.cli import discover
+from recipes.pipeline.pretrained import from_pretrained
 from tests.recipes.processes import command, run
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +55,7 @@ def check_whole(folder: Path) -> None:
     assert found >= {("seed", "seed"), ("seed", "val"), ("mask", "seed"), ("mask+crf", "seed"), ("segmentation", "val")}
     assert all(0 < m["miou"] <= 100 for m in measurements(folder))
     assert (folder / "report.html").stat().st_size > 10_000
+    assert from_pretrained(folder / "model").classes  # what `predict` needs
     assert not list(folder.rglob("*.part-*"))
 
 

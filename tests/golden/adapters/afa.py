@@ -213,7 +213,7 @@ def poly_warmup_lr(case: Case) -> dict[str, Tensor]:
 
 @adapter("afa/msc_flip_segmentation")
 def msc_flip_segmentation(case: Case) -> dict[str, Tensor]:
-    from recipes.afa import merge_views
+    from recipes.pipeline.segmenter import merge_views
 
     views = [case.inputs[f"in.seg_{i}"] for i in range(len(case.call["scales"]))]
     merged = merge_views(views)
