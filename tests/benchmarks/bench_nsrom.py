@@ -4,8 +4,8 @@ python -m tests.benchmarks.bench_nsrom [--height 375] [--width 500] [--square 30
                                        [--nodes 64] [--cells 32] [--threads 1] [--repeat 5] [--device cpu] [--json FILE]
 
 ``dilation`` is of one picture, by running sums, by two maxima along rows and columns, and by the maximum over the
-square. ``reasoning`` is a training step of the unit, forward and backward, at the published sizes: batches of 5 images
-of 256 pixels at stride 8. Arithmetic sets it a bound of 1.8: 98,000 multiplications and additions a cell for 180,000,
+square. ``reasoning`` is the unit in evaluation and ``training`` a step of it, forward and backward, at the published
+sizes: batches of 5 images of 256 pixels at stride 8. Arithmetic sets both a bound of 1.8: 98,000 multiplications and additions a cell for 180,000,
 three times that with the backward pass; what both forms read and write of the size of the map comes on top. Values, and
 gradients where there are some, are compared first; nothing is reported if they differ.
 """
@@ -82,8 +82,25 @@ def main() -> None:
         result = form(unit, features)
         return [result.detach(), *torch.autograd.grad(result, leaves, upstream)]
 
+    size = f"B{options.batch}-C{options.channels}-M{options.nodes}-{options.cells}x{options.cells}"
+
+    @torch.no_grad()
+    def evaluate(form: Callable[[GlobalReasoningUnit, Tensor], Tensor]) -> list[Tensor]:
+        return [form(unit, features)]
+
+    unit.eval()
     rows += compare(
-        f"reasoning-B{options.batch}-C{options.channels}-M{options.nodes}-{options.cells}x{options.cells}",
+        f"reasoning-{size}",
+        {
+            "reordered": lambda: evaluate(lambda unit, x: unit(x)),
+            "as-written": lambda: evaluate(reference_graph.global_reasoning),
+        },
+        options.repeat,
+        device,
+    )
+    unit.train()
+    rows += compare(
+        f"training-{size}",
         {
             "reordered": lambda: step(lambda unit, x: unit(x)),
             "as-written": lambda: step(reference_graph.global_reasoning),
