@@ -5,9 +5,10 @@ python -m tests.benchmarks.bench_nsrom [--height 375] [--width 500] [--square 30
 
 ``dilation`` is of one picture, by running sums, by two maxima along rows and columns, and by the maximum over the
 square. ``reasoning`` is the unit in evaluation and ``training`` a step of it, forward and backward, at the published
-sizes: batches of 5 images of 256 pixels at stride 8. Arithmetic sets both a bound of 1.8: 98,000 multiplications and additions a cell for 180,000,
-three times that with the backward pass; what both forms read and write of the size of the map comes on top. Values, and
-gradients where there are some, are compared first; nothing is reported if they differ.
+sizes: batches of 5 images of 256 pixels at stride 8. Arithmetic sets both a bound of 1.8: 98,000 multiplications and
+additions a cell for 180,000, and three times that with the backward pass; what the forms read and write of the size of
+the map comes on top. Values, and gradients where there are some, are compared first; nothing is reported if they
+differ.
 """
 
 from __future__ import annotations
