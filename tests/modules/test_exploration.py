@@ -25,7 +25,7 @@ from wsss_modules import (
     structure_aware_seeds,
     structure_iou,
 )
-from wsss_modules.prototypes import exploration
+from wsss_modules.prototypes import structure
 
 HALF = [torch.float16, torch.bfloat16]
 LABELS = torch.tensor([[1.0, 0, 1], [0, 1, 0]])
@@ -70,7 +70,7 @@ def test_strips_of_any_height_give_the_same(rows: int, monkeypatch: pytest.Monke
     class_maps, _, semantic = case()
     scores, valid = masked(class_maps)
     whole = broadcast_seeds(scores, valid, semantic)
-    monkeypatch.setattr(exploration, "_ROWS", rows)
+    monkeypatch.setattr(structure, "_ROWS", rows)
     torch.testing.assert_close(tuple(structure_aware_seeds(scores, valid, semantic)), whole)
 
 

@@ -14,11 +14,13 @@ from wsss_modules.prototypes.exploration import (
     Exploration,
     HierarchicalFeatureHead,
     ImageSpecificPrototypeExploration,
-    StructureAwareSeeds,
     explore_prototypes,
     image_specific_prototypes,
-    normalize_cam_with_background,
     prototype_cam,
+)
+from wsss_modules.prototypes.structure import (
+    StructureAwareSeeds,
+    normalize_cam_with_background,
     structure_aware_seeds,
     structure_iou,
 )
