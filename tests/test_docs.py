@@ -68,6 +68,13 @@ def test_every_public_name_stands_on_one_page_of_the_api_and_says_what_it_is(pac
         assert pages.summary(thing) if callable(thing) else pages.constant_note(package, name), name
 
 
+@pytest.mark.parametrize("package", ["wsss_losses", "wsss_modules"])
+def test_no_description_of_an_argument_begins_like_a_list(package: str) -> None:
+    lettered = re.compile(r"^ +[\w, ]+: \w\.( |$)", re.MULTILINE)  # to reStructuredText, "D." is the fourth item
+    for path in sorted((ROOT / package).rglob("*.py")):
+        assert not lettered.search(path.read_text(encoding="utf-8")), short(path)
+
+
 @pytest.fixture(scope="module")
 def messages() -> str:
     """The fixed words of all strings of the code; what is filled in is `…`."""

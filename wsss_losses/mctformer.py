@@ -146,7 +146,7 @@ def mctformer_loss(
         patch_logits: (B, K), of the patch tokens; None leaves the term out.
         class_tokens: (L, B, K, D) after each block; None leaves the contrast out.
         labels: (B, K) multi-hot, without background. An image without a class teaches the absence of all.
-        contrast_weight: w.
+        contrast_weight: w, the weight of the contrast.
         num_layers: See `class_token_contrastive_loss`.
         reduction: "mean" over the images, "sum", or "none" for (B,).
 

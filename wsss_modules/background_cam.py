@@ -31,8 +31,8 @@ class BackgroundAwareCAMHead(nn.Module):
     loss on the softmax over all 1 + K maps, such as `wsss_losses.SaliencyGuidedMapLoss`.
 
     Args:
-        in_channels: D.
-        num_classes: K.
+        in_channels: D, channels of the features.
+        num_classes: K, foreground classes.
 
     Shapes:
         features (B, D, H, W) -> `BackgroundAwareCAMOutput`.

@@ -396,8 +396,8 @@ class CAMHead(nn.Module):
     mean (AFA, whose maps are signed: `class_maps`).
 
     Args:
-        in_channels: D.
-        num_classes: K.
+        in_channels: D, channels of the features.
+        num_classes: K, foreground classes.
         mode: "gap_then_conv" averages the features and then classifies (ResNet-38, ResNet-50); "conv_then_gap"
             classifies each pixel and then averages (VGG-16). Equal but for rounding.
         sqrt: Compress the maps with a square root (VGG-16 of PSA).

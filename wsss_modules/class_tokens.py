@@ -57,7 +57,7 @@ def class_to_patch_attention(
 
     Args:
         attention: A, (L, B, J, T, T) or L tensors (B, J, T, T), softmaxed, queries in rows, class tokens first.
-        num_classes: K.
+        num_classes: K, foreground classes.
         n_layers: n, how many blocks from the last one; 3 in the published runs. More than L means all.
         num_prefix: P, where other tokens follow the class tokens before the patches; default K.
         reduce: "sum" over the blocks (V1, V2) or their "mean" (MCTformer+, and the text of the paper).
@@ -153,7 +153,7 @@ class AttentionSums:
     where a stack of all blocks and heads takes L * J = 72 times as much in DeiT-S.
 
     Args:
-        depth: L.
+        depth: L, blocks.
         num_class_tokens: K, the first tokens.
         n_layers: How many blocks from the last one count for the class tokens.
         num_prefix: P; default K.
@@ -318,8 +318,8 @@ class PatchCAMHead(nn.Module):
     """Class maps of patch tokens by a 3 x 3 convolution on their grid, and their pooled scores.
 
     Args:
-        dim: D.
-        num_classes: K.
+        dim: D, width of the tokens.
+        num_classes: K, foreground classes.
         pool: Maps (B, K, h, w) to scores (B, K); default: the mean of the signed map (V2). MCTformer+ takes
             `GlobalWeightedRankPool`.
 
@@ -399,7 +399,7 @@ class MultiClassTokenViT(nn.Module):
     Args:
         encoder: Tokens of the image, K class tokens first: `token_encoder_from_vit` over timm's DeiT, or a
             `TokenEncoder` of any patches and blocks, as long as `query_key` can read the blocks.
-        num_classes: K.
+        num_classes: K, foreground classes.
         variant: "v1" scores the class tokens alone; "v2" has maps of the patch tokens, averaged, beside them; "plus"
             (MCTformer+) pools these by rank, averages the attention and takes the root of the product.
         n_layers: How many blocks from the last one draw the maps of the class tokens.
@@ -534,7 +534,7 @@ def expand_class_token_checkpoint(
     Args:
         state: ``cls_token`` (1, 1, D), ``pos_embed`` (1, 1 + N0, D) and all others, by timm's and DeiT's names. With K
             class tokens already, which is seen from the shapes, only the positions are resampled.
-        num_classes: K.
+        num_classes: K, foreground classes.
         grid: (h, w) of the positions wanted.
         mode: "size": bicubic (V1, V2); "nearest": each row copied, over 2 x 2 cells for twice the grid (MCTformer+).
         source_grid: (h0, w0) stored; default: a square.

@@ -118,7 +118,7 @@ class CosineClassifier(nn.Module):
     """Classify pixels by cosine similarity; see :func:`cosine_logits`.
 
     Args:
-        in_channels: D.
+        in_channels: D, channels of the features.
         num_classes: C, the background included.
         eps: shortest length.
 

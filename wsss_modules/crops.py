@@ -39,7 +39,7 @@ def random_boxes(
         size: (H, W) of the images in pixels.
         crop: Size of the boxes in pixels: a side, or (height, width); at most ``size``.
         number: Boxes an image.
-        images: B.
+        images: B, how many.
         offsets: (B, number, 2) integers, drawn before: x and y of each box's first corner. Nothing is drawn then.
         generator: Source of the draws. The boxes are on its device; without one, on the CPU.
         legacy_crop: Take the axes for each other, as the released code does for the view of an image.
@@ -96,7 +96,7 @@ def corner_and_random_boxes(
         size: (H, W) of the images in pixels.
         crop: Size of the boxes in pixels: a side, or (height, width); at most ``size``.
         number: Boxes an image, at least 4: 6 for VOC.
-        images: B.
+        images: B, how many.
         offsets: (B, number - 4, 2) integers, drawn before; see `random_boxes`.
         generator: see `random_boxes`.
         legacy_end: see `random_boxes`.

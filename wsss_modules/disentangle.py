@@ -114,7 +114,8 @@ class Disentangler(nn.Module):
     the rest. Nothing is detached: `wsss_losses.C2AMLoss` of ``fg`` and ``bg`` trains the backbone as well.
 
     Args:
-        in_channels: D. The released network joins the last two levels of a ResNet-50 at stride 16: 2048 + 1024.
+        in_channels: D, channels of the features. The released network joins the last two levels of a ResNet-50 at
+            stride 16: 2048 + 1024.
 
     Shapes:
         features (B, D, H, W), at least 0 as after a ReLU: cosines of features of mixed sign fall below the clamp of

@@ -97,7 +97,7 @@ class AttentionBasedFusion(nn.Module):
 
     Args:
         in_channels: Channels of the student's map.
-        mid_channels: M.
+        mid_channels: M, channels in which maps are fused.
         out_channels: Channels of the teacher's map.
         fuse: Whether there is a residual.
         norm: "batch", as released, or "group" (32 groups or fewer) for batches of one image, whose maps of a single

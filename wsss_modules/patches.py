@@ -33,7 +33,7 @@ class HVBiLSTM(nn.Module):
     Both read the features themselves; the column LSTM does not see what the row LSTM says.
 
     Args:
-        in_dim: D.
+        in_dim: D, channels of the features.
         hidden_dim: H; 192 for ViT-B/16.
         dropout: probability with which a feature is dropped, once of each patch and once of each whole sequence.
 
@@ -131,7 +131,7 @@ class PatchClassifierGMP(nn.Module):
     .. math:: p_k(u) = \mathrm{softmax}_k(W^\top x_u), \qquad \hat p_k = \max_u p_k(u)
 
     Args:
-        in_dim: D.
+        in_dim: D, channels of the features.
         num_classes: K, the background included: 21 for VOC.
         dropout: probability with which a feature of a patch is dropped.
 
@@ -280,7 +280,7 @@ class PatchTransform(NamedTuple):
         """Draw flips and transposes with probability 1/2 each, and square crops.
 
         Args:
-            batch: B.
+            batch: B, how many images.
             crop_probability: probability of a crop instead of the whole.
             crop: side of the crops in pixels.
             lattice: corners of crops lie on multiples of this, the patch size.

@@ -167,7 +167,7 @@ def rank_in_class(classes: Tensor, values: Tensor, num_classes: int) -> tuple[Te
     Args:
         classes: (P,) int64 in 0..C-1.
         values: (P,) floating point. Of equal ones the first pixel comes first.
-        num_classes: C.
+        num_classes: C, classes.
 
     Returns:
         Two int64 tensors (P,): the ranks from 0, and the number of pixels in the class of each pixel.
@@ -200,7 +200,7 @@ def draw_half_of_each_class(
 
     Args:
         classes: (B, H, W) int64 in 0..C-1; a class is drawn from over all images together.
-        num_classes: C.
+        num_classes: C, classes.
         lots: (B, H, W) floating point, the numbers that decide, such as those of all processes of a distributed run;
             the lowest are drawn. Uniform random ones by default.
         generator: Source of these, on the device of ``classes``.

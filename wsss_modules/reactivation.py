@@ -113,8 +113,8 @@ class ReCAMHead(nn.Module):
     Two classes that answer to the same pixels get the same vector, and one of them a loss.
 
     Args:
-        in_channels: D.
-        num_classes: K.
+        in_channels: D, channels of the features.
+        num_classes: K, foreground classes.
         detach_cam: Stop gradients at the masks, so that the second classifier trains only the features. By default
             they also reach the first classifier, and go through the maximum that the maps are divided by.
         pool: "mean" or "mass", see `class_masked_pooling`.

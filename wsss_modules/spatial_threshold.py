@@ -330,7 +330,7 @@ class SpatialBCEHead(nn.Module):
 
     Args:
         in_channels: Channels D of the features.
-        num_classes: K.
+        num_classes: K, foreground classes.
         mid_channels: Channels between the two 1 x 1 convolutions of the classifier.
 
     Shape:

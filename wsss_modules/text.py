@@ -52,8 +52,8 @@ class SigmoidCAMHead(nn.Module):
     """Class maps of a classifier without bias, through a sigmoid for training and a ReLU for use.
 
     Args:
-        in_channels: D.
-        num_classes: K.
+        in_channels: D, channels of the features.
+        num_classes: K, foreground classes.
 
     Shapes:
         features (B, D, H, W) -> `SigmoidCAMOutput`.

@@ -39,7 +39,7 @@ class CaptionModel(nn.Module):
     Args:
         trunk: the backbone.
         words: the vocabulary; other words are left out of a sentence.
-        dim: D.
+        dim: D, width of the tokens.
     """
 
     def __init__(self, trunk: Trunk, words: Sequence[str], dim: int = 64) -> None:

@@ -44,7 +44,7 @@ def object_text_matching_loss(
         leak: slope with which the loss goes on beyond the clamp (0: constant), so that a pair whose similarity is
             negative still learns.
         positive: take (s + 1) / 2, which is never negative, in place of s.
-        margin: m.
+        margin: m, added to the logarithm's argument.
         reduction: "mean" over the pairs, "sum", or "none" for (n,).
         sync: count the pairs of all processes of a distributed run.
 
@@ -155,7 +155,7 @@ def background_text_matching_loss(
         clamp: least and largest similarity, beyond which there is no gradient; None for none.
         leak: slope of the loss beyond the clamp; 0: constant.
         positive: take (s + 1) / 2 in place of s.
-        margin: m.
+        margin: m, added to the logarithm's argument.
         reduction: "mean" over the pairs, "sum", or "none" for (n,).
         sync: count the pairs of all processes of a distributed run.
 

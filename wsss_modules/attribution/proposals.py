@@ -31,7 +31,7 @@ def jitter_boxes(
     Args:
         box: (4,) x1, y1, x2, y2 in pixels.
         size: (H, W) of the image in pixels, at whose edges proposals are cut.
-        count: P.
+        count: P, proposals of a box.
         amplitude: Largest share.
         uniform: (P, 4) shares in [-amplitude, amplitude] of x1, y1, x2, y2, drawn elsewhere.
         generator: Source of the shares otherwise.

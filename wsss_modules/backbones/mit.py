@@ -28,7 +28,7 @@ class EfficientSelfAttention(nn.Module):
     Args:
         dim: D, channels in and out.
         num_heads: heads; D is a multiple of it.
-        sr_ratio: r.
+        sr_ratio: r, cells a side that keys and values are reduced by.
         qkv_bias: biases of the projections of queries, keys and values.
 
     Raises:

@@ -41,7 +41,7 @@ class ImagePositionEmbedding(nn.Module):
     of the cell, row by row, and a learnt vector for image j of the group.
 
     Args:
-        width: d.
+        width: d, width of the tokens.
         max_images: Rows of the table of images.
         dropout: Probability.
 
@@ -243,7 +243,7 @@ class CollaborativeMultiAttention(nn.Module):
     other. The tokens of an image are then averaged and give one logit.
 
     Args:
-        num_classes: K.
+        num_classes: K, foreground classes.
         width: d, channels of the tokens.
         heads: Heads of the attention.
         layers: Blocks one after the other.
@@ -359,9 +359,9 @@ class EDAMHead(nn.Module):
     multiplied with, or added to, the C-channel map again.
 
     Args:
-        in_channels: C.
-        num_classes: K.
-        width: d.
+        in_channels: C, channels of the features.
+        num_classes: K, foreground classes.
+        width: d, width of the tokens.
         heads: Heads of the attention.
         layers: Blocks one after the other.
         normalization: Of the masks, see `discriminative_activation`.

@@ -76,8 +76,8 @@ class DiscriminativeActivationLayer(nn.Module):
     them, where a CAM is read off the weights of a classifier afterwards.
 
     Args:
-        in_channels: C.
-        num_classes: K.
+        in_channels: C, channels of the features.
+        num_classes: K, foreground classes.
         normalization: See `discriminative_activation`.
 
     Shapes:

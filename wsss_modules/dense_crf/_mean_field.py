@@ -107,7 +107,7 @@ def unary_from_mask(mask: Tensor, num_labels: int, *, gt_prob: float = 0.7, igno
     Args:
         mask: (B, H, W) integers in 0..C-1 or ``ignore_index``. Compact labels: number the classes present in the
             image, background 0, rather than all classes of the data set.
-        num_labels: C.
+        num_labels: C, labels.
         gt_prob: confidence in the labels, in (0, 1).
         ignore_index: value of pixels without a label.
 

@@ -27,7 +27,7 @@ class SemanticAggregation(nn.Module):
     Args:
         channels: D, channels in and out.
         prototypes: M, prototypes a class.
-        scale: c. ``"released"`` is K / M, ``"mean"`` is 1 / (K M), a mean over the prototypes; or a number.
+        scale: c: ``"released"`` is K / M, ``"mean"`` is 1 / (K M), a mean over the prototypes; or a number.
         softmax: Attend with a softmax over the prototypes.
 
     Raises:

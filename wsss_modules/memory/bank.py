@@ -32,7 +32,7 @@ class RegionMemoryBank(nn.Module):
     long memory, and what it mixes are unrelated regions, not views of one object.
 
     Args:
-        num_classes: K.
+        num_classes: K, foreground classes.
         slots: N, slots a class.
         channels: D, length of an embedding.
         momentum: m, share of a slot that a write keeps, in [0, 1].

@@ -415,7 +415,7 @@ class BoxClassifier(nn.Module):
     class maps come from the rows of ``classifier.weight``, see `box_pseudo_labels`.
 
     Args:
-        in_channels: D.
+        in_channels: D, channels of the features.
         num_classes: K foreground classes; the classifier has 1 + K rows, without bias.
         output_size: (OH, OW) windows of a box.
         grid: g x g background queries.

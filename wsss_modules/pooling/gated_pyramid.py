@@ -48,7 +48,7 @@ class SignPreservingGate(nn.Module):
       subtraction.
 
     Args:
-        num_classes: K.
+        num_classes: K, foreground classes.
 
     Shapes:
         coarse, fine (B, K, H, W), signed -> (B, K, H, W).
@@ -119,7 +119,7 @@ class GatedPyramidPooling(nn.Module):
     1/64, 1/64, 1/16 and 1/4. The finest tells places apart, the coarse ones raise or lower it by region.
 
     Args:
-        num_classes: K.
+        num_classes: K, foreground classes.
         levels: Cells per side of each level, from coarse to fine, at least two.
 
     Shapes:

@@ -65,7 +65,7 @@ class GlobalWeightedRankPool(nn.Module):
     """Global weighted rank pooling as a layer; see :func:`global_weighted_rank_pool`.
 
     Args:
-        decay: d.
+        decay: d, what each rank weighs of the one above.
 
     Example:
         >>> GlobalWeightedRankPool()(torch.rand(2, 20, 14, 14)).shape

@@ -342,7 +342,7 @@ class FeatureCentreBank(nn.Module):
     the module, take no gradient and are in its ``state_dict``.
 
     Args:
-        num_classes: K.
+        num_classes: K, foreground classes.
         num_clusters: Q, 50 in the released code.
         dim: C, channels of the pooled features.
 

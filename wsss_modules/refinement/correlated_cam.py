@@ -36,7 +36,7 @@ class PixelCorrelationCAMHead(nn.Module):
 
     Args:
         in_channels: D, channels of the last features.
-        num_classes: K.
+        num_classes: K, foreground classes.
         side_channels: Channels of the two earlier maps.
         side_widths: Channels that they are reduced to.
         embed: Channels of the keys.

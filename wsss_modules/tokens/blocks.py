@@ -48,7 +48,7 @@ class TransformerBlock(nn.Module):
     (``scaled_dot_product_attention``); `query_key` gives what the matrix is made of, for those who want to see it.
 
     Args:
-        dim: D.
+        dim: D, width of the tokens.
         num_heads: J, a divisor of D.
         mlp_ratio: Width of the MLP by D.
         qkv_bias: Whether queries, keys and values have a bias.

@@ -44,7 +44,7 @@ class TokenEncoder(nn.Module):
     Args:
         patch_embed: Images (B, 3, H, W) to features (B, D, h, w).
         blocks: Blocks (B, T, D) to (B, T, D), such as `TransformerBlock` or timm's.
-        dim: D.
+        dim: D, width of the tokens.
         num_prefix: P tokens before the patches; 0 is possible.
         grid: (h, w) of the stored position embeddings.
         norm: Applied to the tokens after the last block; MCTformer has none.

@@ -145,7 +145,7 @@ def interpolate_pos_embed(
 
     Args:
         pos_embed: (1, P + N0, D), prefix rows first.
-        num_prefix: P.
+        num_prefix: P, prefix tokens.
         grid: (h, w) wanted.
         offset: In [0, 1): 0.1 in MCTformer V1 and V2, as in DINO; 0 in MCTformer+.
         mode: "scale"; "size", the same without offset; "nearest" copies the nearest row, with which MCTformer+ starts
