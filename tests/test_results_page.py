@@ -42,6 +42,21 @@ def test_every_system_has_a_row_on_both_data_sets(elsewhere):
     assert text.count("### All systems") == 2
 
 
+@pytest.mark.parametrize("part", ["On photographs", "On the demo data"])
+def test_what_ends_below_the_plain_cam_is_told_and_why(part):
+    page = (make_results.HERE / "results.md").read_text(encoding="utf-8")
+    section = page.split(f"## {part}\n")[1].split("\n## ")[0]
+    table, remarks = (
+        section.split("### All systems")[1].split("![")[0],
+        section.split("### Remarks")[1].split("\n### ")[0],
+    )
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    for name, _, *figures in rows[1:]:
+        measured = [figure for figure in figures if figure != "-"]
+        if measured and "(-" in measured[-1]:
+            assert f"`{name}`" in remarks, f"{name} ends below cam: {measured[-1]}"
+
+
 @pytest.mark.parametrize(("data", "part", "told"), [("voc:/home/x", "runs", "voc:PATH"), ("demo", "demo", "demo")])
 def test_a_record_has_no_places_of_a_machine(elsewhere, tmp_path, data, part, told):
     run = make_run(tmp_path / "toy", make_dataset(tmp_path / "photographs"))

@@ -1,8 +1,8 @@
 """What the page of a system says that the repository knows: its pieces, how they are verified, what was measured.
 
 ``{pieces} NAME``, ``{verified} NAME``, ``{measured} NAME``, ``{commands} NAME`` and ``{supervision} NAME`` read the
-README's table, the recipe, the golden files and the records of runs when the site is built, so that no page repeats a
-figure by hand.
+README's table, the recipe, the golden files, the records of runs and the remarks of docs/results.md when the site is
+built, so that no page repeats a figure by hand.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def records(name: str, folder: str) -> dict[str, dict[str, Any]]:
 
 
 def measured(name: str) -> str:
-    """Tables of what was measured on photographs and on the demo data, and under which conditions."""
+    """Tables of what was measured on photographs and on the demo data, under which conditions, and what they say."""
     on_photographs = _table(
         records(name, "runs"),
         "real PASCAL VOC 2012 photographs",
@@ -126,12 +126,33 @@ def measured(name: str) -> str:
         "the built-in demo data, drawn scenes of 128 pixels, preset `demo`",
         {"seed": "training scenes", "val": "scenes of the val list"},
     )
-    found = "\n\n".join(part for part in (on_photographs or "Not run on photographs yet.", on_drawings) if part)
+    found = "\n\n".join(
+        part
+        for part in (
+            on_photographs or "Not run on photographs yet.",
+            remarks(name, "On photographs") if on_photographs else "",
+            on_drawings,
+            remarks(name, "On the demo data") if on_drawings else "",
+        )
+        if part
+    )
     return found + (
         "\n\nFixed thresholds; in brackets the best one, found with the ground truth of the same list, which is no "
-        "result. A dash was not run. [Conditions, IoU of each class, and what the figures say](/results.md)."
+        "result. A dash was not run. [Conditions, other systems, and the IoU of each class](/results.md)."
         if on_photographs or on_drawings
         else ""
+    )
+
+
+def remarks(name: str, section: str) -> str:
+    """What docs/results.md says of a system in a section: the paragraphs and items that name it."""
+    if name == "cam":  # every other one is held against it
+        return ""
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    text = page.split(f"\n## {section}\n")[1].split("\n### Remarks\n")[1].split("\n### ")[0]
+    blocks = re.split(r"\n(?=- |\n)", text)
+    return "\n\n".join(
+        " ".join(block.removeprefix("- ").split()) for block in map(str.strip, blocks) if f"`{name}`" in block
     )
 
 
