@@ -46,10 +46,8 @@ def test_every_system_has_a_row_on_both_data_sets(elsewhere):
 def test_what_ends_below_the_plain_cam_is_told_and_why(part):
     page = (make_results.HERE / "results.md").read_text(encoding="utf-8")
     section = page.split(f"## {part}\n")[1].split("\n## ")[0]
-    table, remarks = (
-        section.split("### All systems")[1].split("![")[0],
-        section.split("### Remarks")[1].split("\n### ")[0],
-    )
+    table = section.split("### All systems")[1].split("![")[0]
+    remarks = section.split("### Remarks")[1].split("\n### ")[0]
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     for name, _, *figures in rows[1:]:
         measured = [figure for figure in figures if figure != "-"]
