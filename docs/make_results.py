@@ -140,7 +140,8 @@ Of the systems that train the classifier differently, all on the same backbone, 
 - `eps` has the best maps of all, 61.0 and 60.8 on train and val (62.2 and 61.4 at their best thresholds), and masks of
   69.5 after a CRF, which adds eight points and is its only refinement. It needs saliency, here that of `c2am-s0`, which
   learns without labels; the plain CAM cut out by the same one is at 67.3 (`c2am-s0`). Its maps themselves need no
-  saliency, once it is trained.
+  saliency, once it is trained. The segmentation network learns from the masks without a CRF, as published: 58.0, where
+  that of `cam-s0-t2`, which has CRF masks of 59.0, is at 55.5.
 - `l2g` starts both of its networks as the classifier of `cam-s0`. Its maps, 53.4 and 53.1 on train and val, are better
   than the plain ones on people (IoU 44, plain 34: precision 52, plain 35), cats and dogs, whose outlines come from the
   saliency of `c2am-s0`, and worse on cows and sheep (40 and 40, plain 48 and 54), at precisions of 53 and 47 %: the
