@@ -421,8 +421,8 @@ class TextPromptBank(nn.Module):
 
 
 def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    if len(maps) == 0:  # interpolate refuses it
-        return maps.new_zeros(0, maps.shape[1], *size)
+    if len(maps) == 0:  # interpolate refuses it; what comes back belongs to the graph of the maps all the same
+        return maps.mean((2, 3), keepdim=True).expand(-1, -1, *size)
     if maps.shape[2:] == size:
         return maps
     return F.interpolate(maps, size, mode="bilinear", align_corners=True)

@@ -1,7 +1,10 @@
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -50,9 +53,13 @@ def options(seed: int = 0) -> dict[str, float]:
     return {"size": 8, "threshold": 0.2 * (seed % 3)}
 
 
-@given(st.integers(0, 30), st.sampled_from([0, 1, 2]))
-def test_objective_and_gradient_equal_the_released_step(seed: int, rows: int) -> None:
-    labels = LABELS[[2, 1, 0]][rows:] if rows < 2 else LABELS[:1]
+BATCHES = {"three images": LABELS[[2, 1, 0]], "one of them empty": LABELS[[1, 0]], "one image": LABELS[:1]}
+BATCHES["one pair"] = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 0]])
+
+
+@given(st.integers(0, 30), st.sampled_from(list(BATCHES)))
+def test_objective_and_gradient_equal_the_released_step(seed: int, kind: str) -> None:
+    labels = BATCHES[kind]
     activation, images, labels, tower, text, background = case(seed, labels)
     sentences = {f"class {k}": row for k, row in enumerate(text)} | {f"bg {k}": row for k, row in enumerate(background)}
 
@@ -77,8 +84,36 @@ def test_a_batch_without_labels_asks_nobody_and_keeps_the_area() -> None:
     inputs = case(labels=torch.zeros(2, 4))
     terms = clims_loss(*inputs, **options())
     assert inputs[3].calls == []
-    assert (terms.object_text, terms.background_text, terms.suppression) == (0, 0, 0)
     torch.testing.assert_close(terms.total, 0.2 * inputs[0].mean())
+    for term in terms[1:4]:
+        assert term == 0
+        assert not torch.autograd.grad(term, inputs[0], retain_graph=True)[0].any()
+
+
+def compare_two_processes_with_one(rank: int, address: str) -> None:
+    """The second process has an image without labels, and so no pair at all."""
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    try:
+        related = torch.tensor([[True, False, True, True, False]] * 4)
+        for loss_of, more in ((clims_loss, ()), (clims_camera_ready_loss, (related, torch.ones(4).double()))):
+            activation, images, labels, *rest = case(labels=LABELS[:2])
+            given = {"size": 8, "positive": True, "sync": True}
+            expected = loss_of(activation, images, labels, *rest, *more, **given | {"sync": False})
+            (whole,) = torch.autograd.grad(expected.total, activation)
+            mine = activation.detach()[rank : rank + 1].requires_grad_()
+            part = slice(rank, rank + 1)
+            result = loss_of(mine, images[part], labels[part], *rest, *more, **given)
+            torch.testing.assert_close(result, expected)
+            (grad,) = torch.autograd.grad(result.total, mine)
+            torch.testing.assert_close(grad / 2, whole[part])  # as DistributedDataParallel averages
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_process_without_a_pair_takes_part_in_the_backward(tmp_path: Path) -> None:
+    spawn: Callable = torch.multiprocessing.spawn
+    spawn(compare_two_processes_with_one, args=((tmp_path / "meeting").as_uri(),), nprocs=2)
 
 
 def test_weights_of_a_frozen_tower_get_no_gradient() -> None:

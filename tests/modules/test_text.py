@@ -72,6 +72,7 @@ def test_batches_of_no_pair_and_of_one_pair_work(labels: Tensor) -> None:
     pairs = MaskedImagePairs(size=6)(activation.requires_grad_(), images, labels)
     assert pairs.images.shape == (2, int(labels.sum()), 3, 6, 6)
     assert pairs.images.dtype == images.dtype
+    assert torch.autograd.grad(pairs.foreground.sum(), activation)[0].any() == labels.any()
 
 
 def test_labels_that_are_not_one_count_for_nothing() -> None:

@@ -115,7 +115,7 @@ def clims_loss(
         The image-text model sees 2 n images in one call, where the released code encodes 3 n, of which n twice, and
         all texts anew three times a step. Freeze its weights: the gradient only passes through. Similarities and
         logarithms are computed in float32. The number of pairs depends on the labels, so that it does not compile to
-        one graph.
+        one graph. With ``sync`` the batch of a process may be without labels.
 
     Example:
         >>> import torch
@@ -273,8 +273,8 @@ def clims_camera_ready_loss(
     matching terms, and without a clamp.
 
     Args:
-        activation: (B, K, h, w) floating point in [0, 1]. The camera-ready code has a channel more, which no matching
-            term reads.
+        activation: (B, K, h, w) floating point in [0, 1]. The camera-ready code has a channel more, which no term
+            reads.
         images: (B, 3, H, W) floating point, normalised.
         labels: (B, K) multi-hot; present above 0.5.
         encode_image: images (2 n, 3, S, S) in float32 -> features (2 n, D), as in :func:`clims_loss`.
@@ -306,8 +306,9 @@ def clims_camera_ready_loss(
         Xie et al., CVPR 2022, arXiv:2203.02668.
 
     Differences:
-        The image-text model of the paper was first fine-tuned on the classes of VOC. Its code is NaN as soon as one
-        similarity is negative; here the logarithm gets at least 1e-6.
+        The image-text model of the paper was first fine-tuned on pairs of images and texts of VOC, and classifier and
+        image-text model both had CLIP's normalisation. Its code is infinite for a similarity of 0 and NaN for a
+        negative one; here the logarithm gets at least 1e-6.
 
     Notes:
         As :func:`clims_loss`. ``related_text``, ``related`` and ``class_weight`` are attributes of
@@ -458,8 +459,8 @@ def _encoded(
     )
     check_shape("class_text", class_text, (labels.shape[1], None), "(K, D) to match labels")
     count, channels = len(pairs.image_index), class_text.shape[1]
-    if count == 0:
-        empty = pairs.images.new_zeros(0, channels)
+    if count == 0:  # of the graph of the maps, so that with ``sync`` this process takes its part in the backward
+        empty = pairs.foreground.mean((1, 2, 3))[:, None].expand(-1, channels)
         return pairs, empty, empty
     features = encode_image(pairs.images.flatten(0, 1))
     check_shape("encode_image", features, (2 * count, channels), "for its images and class_text")
