@@ -14,11 +14,13 @@ a train, or an object that nobody looks at) to the background; so objects get ou
 
 This is supervision by image tags *and* saliency maps: compare it with systems that use both. The maps come from
 ``--saliency``, or from the data set. Published for VOC 2012 train: maps of 69.2 mIoU (47.1 without saliency), which
-are the masks; COCO 2014 train 37.2 with a foreground weight of 0.9 (README of the released code).
+are the masks; COCO 2014 train 37.2 (README of the released code), with ``--foreground-weight 0.9 --eps.crop 321
+--eps.long-side 256 448 --eps.schedule.batch-size 16 --eps.schedule.epochs 50``.
 
-As in the released code, weight decay takes the place of SGD's momentum in ``paper``, and crops larger than the image
-are padded with background, unless ``--no-padding-is-background``. Saliency maps are resized to the nearest pixels, not
-by the filter of the image, which made their edges ring.
+As in the released code, weight decay takes the place of SGD's momentum in ``paper`` (else ``--eps.schedule.momentum
+0.9``), and crops larger than the image are padded with background, unless ``--no-padding-is-background``. Saliency maps
+are resized to the nearest pixels, not by the filter of the image, which made their edges ring. The published
+segmentation network started from weights of COCO, this one from ImageNet's.
 """
 
 from __future__ import annotations
@@ -70,12 +72,17 @@ class EPSNet(nn.Module):
         return EPSOutput(logits, scores.softmax(1)[:, 1:], scores)
 
 
+def objective_of(config: Config) -> EPSLoss:
+    """The objective of a run, which refuses options that it can't have."""
+    return EPSLoss(threshold=config.overlap, foreground_weight=config.foreground_weight)
+
+
 def train_eps(run: Run, config: Config, saliency: Callable[[str], np.ndarray]) -> EPSNet:
     """Tags teach the classes; saliency teaches all maps where they belong."""
     options = config.eps
     trunk = make_trunk(run, options, options.output_stride)
     net = EPSNet(trunk, len(run.dataset.classes))
-    criterion = EPSLoss(threshold=config.overlap, foreground_weight=config.foreground_weight)
+    criterion = objective_of(config)
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> EPSTerms:
         out, salient = model(batch["image"]), batch["saliency"]
@@ -91,6 +98,7 @@ def train_eps(run: Run, config: Config, saliency: Callable[[str], np.ndarray]) -
 
 
 def main(config: Config) -> dict:
+    objective_of(config)  # refuses options before any work is done
     run = start("eps", config, takes=())
     saliency = saliency_source(run, config.saliency)
 

@@ -15,7 +15,7 @@ from wsss_losses._reduction import Reduction, check_reduction, reduce
 from wsss_losses._soft_margin import soft_margin_costs
 from wsss_modules import route_by_saliency
 from wsss_modules._checks import check_floating, check_ndim, check_shape
-from wsss_modules.saliency import saliency_on_grid
+from wsss_modules.saliency import check_eps_mode, check_foreground_weight, saliency_on_grid
 
 EpsMode = Literal["pixels", "once"]
 
@@ -84,12 +84,10 @@ def saliency_guided_map_loss(
         >>> saliency_guided_map_loss(scores, torch.tensor([[[[1.0, 0.0]]]]), torch.ones(1, 1)) < 1e-6
         tensor(True)
     """
-    check_reduction(reduction)
+    _check_options(foreground_weight, eps_mode, reduction)
     check_ndim("scores", scores, 4, "(B, 1+K, H, W)")
     check_floating("scores", scores)
     check_shape("labels", labels, (scores.shape[0], scores.shape[1] - 1), "to match scores")
-    if not 0 <= foreground_weight <= 1:
-        raise ValueError(f"foreground_weight: expected a number in [0, 1], got {foreground_weight}")
     dtype = torch.promote_types(scores.dtype, torch.float32)
     target = saliency_on_grid(saliency, scores).to(dtype)
     p = scores.to(dtype).softmax(1)
@@ -112,6 +110,12 @@ def saliency_guided_map_loss(
 def _on_grid(valid: Tensor, maps: Tensor) -> Tensor:
     check_shape("valid", valid, (maps.shape[0], 1, None, None), "to match the class maps")
     return saliency_on_grid((valid > 0).float(), maps)
+
+
+def _check_options(foreground_weight: float, eps_mode: str, reduction: str) -> None:
+    check_foreground_weight(foreground_weight)
+    check_eps_mode(eps_mode)
+    check_reduction(reduction)
 
 
 class SaliencyGuidedMapLoss(nn.Module):
@@ -142,7 +146,7 @@ class SaliencyGuidedMapLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        check_reduction(reduction)
+        _check_options(foreground_weight, eps_mode, reduction)
         self.threshold, self.foreground_weight, self.eps = threshold, foreground_weight, eps
         self.eps_mode: EpsMode = eps_mode
         self.reduction: Reduction = reduction
@@ -273,7 +277,7 @@ class EPSLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        check_reduction(reduction)
+        _check_options(foreground_weight, eps_mode, reduction)
         self.threshold, self.foreground_weight, self.eps = threshold, foreground_weight, eps
         self.eps_mode: EpsMode = eps_mode
         self.reduction: Reduction = reduction

@@ -249,8 +249,7 @@ def route_by_saliency(
     check_ndim("probability", probability, 4, "(B, 1+K, H, W)")
     check_floating("probability", probability)
     check_shape("labels", labels, (probability.shape[0], probability.shape[1] - 1), "to match probability")
-    if eps_mode not in ("pixels", "once"):
-        raise ValueError(f'eps_mode: expected "pixels" or "once", got {eps_mode!r}')
+    check_eps_mode(eps_mode)
     dtype = torch.promote_types(probability.dtype, torch.float32)
     salient = (saliency_on_grid(saliency, probability) > 0.5).to(dtype).flatten(2)  # (B, 1, N)
     hard = (probability[:, 1:] > 0.5).to(dtype).flatten(2)  # (B, K, N)
@@ -309,8 +308,7 @@ def estimate_saliency(
     """
     check_ndim("probability", probability, 4, "(B, 1+K, H, W)")
     check_floating("probability", probability)
-    if not 0 <= foreground_weight <= 1:
-        raise ValueError(f"foreground_weight: expected a number in [0, 1], got {foreground_weight}")
+    check_foreground_weight(foreground_weight)
     classes = (probability.shape[0], probability.shape[1] - 1)
     check_shape("labels", labels, classes, "to match probability")
     check_shape("kept", kept, classes, "to match probability")
@@ -320,6 +318,18 @@ def estimate_saliency(
     background = p[:, :1] + torch.where(present & ~chosen, p[:, 1:], 0.0).sum(1, keepdim=True)
     estimate = foreground_weight * foreground + (1 - foreground_weight) * (1 - background)
     return SaliencyMaps(*(x.to(probability.dtype) for x in (foreground, background, estimate)))
+
+
+def check_eps_mode(eps_mode: str) -> None:
+    """Raise ``ValueError`` for an unknown ``eps_mode`` of `route_by_saliency`."""
+    if eps_mode not in ("pixels", "once"):
+        raise ValueError(f'eps_mode: expected "pixels" or "once", got {eps_mode!r}')
+
+
+def check_foreground_weight(foreground_weight: float) -> None:
+    """Raise ``ValueError`` for a weight outside [0, 1]."""
+    if not 0 <= foreground_weight <= 1:
+        raise ValueError(f"foreground_weight: expected a number in [0, 1], got {foreground_weight}")
 
 
 def saliency_on_grid(saliency: Tensor, maps: Tensor) -> Tensor:

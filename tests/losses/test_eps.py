@@ -74,6 +74,9 @@ def test_limits_of_the_threshold() -> None:
     has_area = (probability[:, 1:] > 0.5).any(3).any(2)
     assert torch.equal(route_by_saliency(probability, everything, LABELS), (LABELS > 0) & has_area)
     assert not route_by_saliency(probability, torch.full_like(saliency, 0.5), LABELS).any()  # not above a half
+    halves = torch.full((1, 2, 3, 3), 0.5)
+    assert not route_by_saliency(halves, torch.ones(1, 1, 3, 3), torch.ones(1, 1)).any()  # nor is a class
+    assert route_by_saliency(halves + 1e-3, torch.ones(1, 1, 3, 3), torch.ones(1, 1)).all()
 
 
 def test_divisor_grows_with_the_map_or_not() -> None:
@@ -211,10 +214,13 @@ SCORES, SALIENCY = (x.float() for x in batch())
         (lambda: saliency_guided_map_loss(SCORES.long(), SALIENCY, LABELS), TypeError, "scores: expected a floating"),
         (lambda: saliency_guided_map_loss(SCORES, SALIENCY > 0.5, LABELS), TypeError, "saliency: expected a floating"),
         (
-            lambda: SaliencyGuidedMapLoss(foreground_weight=2)(SCORES, SALIENCY, LABELS),
+            lambda: SaliencyGuidedMapLoss(foreground_weight=2),
             ValueError,
             r"foreground_weight: expected a number in \[0, 1\], got 2",
         ),
+        (lambda: EPSLoss(foreground_weight=-1), ValueError, "foreground_weight: expected a number in"),
+        (lambda: EPSLoss(eps_mode="twice"), ValueError, 'eps_mode: expected "pixels" or "once"'),
+        (lambda: EPSLoss(reduction="all"), ValueError, 'reduction: expected "mean", "sum" or "none"'),
         (
             lambda: route_by_saliency(SCORES, SALIENCY, LABELS, eps_mode="twice"),
             ValueError,
