@@ -105,7 +105,7 @@ def train_on_captions(
     """
     captions = [run.dataset.captions(name) for name in run.train]
     if not all(captions):
-        missing = run.train[captions.index(None)]
+        missing = next(name for name, caption in zip(run.train, captions, strict=True) if not caption)
         raise ValueError(
             f"critic.model: captions needs a caption of each training image, {missing} has none; take conse or CLIP"
         )

@@ -105,15 +105,16 @@ def conse_pair(encode: EncodeText, *, top: int = 10, random: bool = False) -> Im
     return ImageTextPair(tower, encode, cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
 
 
-def open_clip_pair(name: str, weights: str | None) -> ImageTextPair:
+def open_clip_pair(name: str, weights: str | None, *, random: bool = False) -> ImageTextPair:
     """A CLIP of the package open_clip.
 
     Args:
         name: one of its architectures, such as ViT-B-32-quickgelu.
-        weights: one of its names of weights, such as openai, or a file; None: random.
+        weights: one of its names of weights, such as openai, or a file.
+        random: take random weights instead.
 
     Raises:
-        ValueError: the extra is not installed, or there are no such weights.
+        ValueError: the extra is not installed, or there are no such weights, or none are named.
     """
     try:
         import open_clip
@@ -122,8 +123,10 @@ def open_clip_pair(name: str, weights: str | None) -> ImageTextPair:
     if name not in open_clip.list_models():
         known = "captions, conse, MODULE:FUNCTION or an architecture of open_clip"
         raise ValueError(f"critic.model: expected {known}, got {name!r}")
+    if weights is None and not random:
+        raise ValueError(f"critic.weights: expected a name of weights of {name}, such as openai, or a file; got none")
     try:
-        clip = open_clip.create_model(name, pretrained=weights)
+        clip = open_clip.create_model(name, pretrained=None if random else weights)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"critic.weights: no weights {weights!r} of {name} ({reason}); give a file") from error
@@ -135,6 +138,21 @@ def open_clip_pair(name: str, weights: str | None) -> ImageTextPair:
     )
     clip.eval().requires_grad_(False)
     return ImageTextPair(visual, lambda texts: clip.encode_text(tokenize(list(texts))), size, *norm)
+
+
+def own_pair(spec: str) -> ImageTextModel:
+    """What the function MODULE:FUNCTION gives.
+
+    Raises:
+        ValueError: there is no such module, or no such function in it.
+    """
+    module, _, function = spec.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"critic.model: expected MODULE:FUNCTION, {spec!r} can't be imported ({reason})") from error
+    return make()
 
 
 @dataclass(frozen=True)
@@ -168,10 +186,9 @@ def make_critic(run: Run, config: CriticConfig) -> ImageTextModel:
         encode = remembered(run.path("texts.npz"), sentence_encoder)
         pair = conse_pair(encode, top=config.top, random=random)
     elif ":" in config.model:
-        module, _, function = config.model.partition(":")
-        pair = getattr(importlib.import_module(module), function)()
+        pair = own_pair(config.model)
     else:
-        pair = open_clip_pair(config.model, None if random else config.weights)
+        pair = open_clip_pair(config.model, config.weights, random=random)
     frozen = FrozenClassifier(pair.image_tower).to(run.fabric.device, memory_format=torch.channels_last)
     return ImageTextPair(frozen, pair.encode_text, config.size or pair.size, tuple(pair.mean), tuple(pair.std))
 

@@ -23,15 +23,15 @@ class MatchingConfig:
     """The objective and the training."""
 
     objective: Literal["root", "camera_ready"] = "root"
-    """The released version, or that of the paper: backgrounds of single classes, some classes thrice."""
+    """The released version, or that of the paper: backgrounds of single classes of VOC, some of its classes thrice."""
     weights: tuple[float, float, float, float] | None = None
     """Of what the maps show (OTM), of what they leave (BTM), of the suppression of backgrounds (CBS) and of the area
     (REG); by default as published for VOC. COCO: 2 14 1.25 0.2."""
     threshold: float | None = None
     """Similarity from which a background is suppressed: 0.26 for VOC and 0.285 for COCO with CLIP; by default how
-    well, on average, whole training images match the texts of their tags."""
+    well, on average, whole training images match the texts of their tags. camera_ready has none."""
     backgrounds: tuple[str, ...] | None = None
-    """Texts of backgrounds in place of the published ones."""
+    """Texts of backgrounds in place of the published ones; camera_ready has its own."""
     positive: bool = False
     """Match with (s + 1) / 2 in place of s, for models whose similarities are often negative and else teach nothing."""
     leak: float = 0.0

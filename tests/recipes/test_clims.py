@@ -14,7 +14,15 @@ from recipes import clims
 from recipes.pipeline import captions, image_text
 from recipes.pipeline.captions import CaptionModel, symmetric_cross_entropy, train_on_captions
 from recipes.pipeline.classification import build_classifier
-from recipes.pipeline.image_text import ConvexCombination, CriticConfig, ImageTextPair, make_critic, typical_similarity
+from recipes.pipeline.image_text import (
+    ConvexCombination,
+    CriticConfig,
+    ImageTextPair,
+    make_critic,
+    open_clip_pair,
+    own_pair,
+    typical_similarity,
+)
 from recipes.pipeline.models import build_trunk
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.sentences import remembered, sentence_encoder
@@ -189,9 +197,36 @@ def test_captions_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(captions, "fit", lambda *_: None)
     model = train_on_captions(run, Schedule(epochs=1, batch_size=4, lr=0.01, head_lr=0.1), 64)
     assert {"fox", "lake", "meadow"} <= set(model.place)
-    monkeypatch.setattr(type(run.dataset), "captions", lambda self, name: None)
-    with pytest.raises(ValueError, match=r"captions needs a caption of each training image, train_0000 has none"):
-        train_on_captions(run, Schedule(epochs=1, batch_size=4, lr=0.01, head_lr=0.1), 64)
+    for nothing in (None, ""):
+        monkeypatch.setattr(type(run.dataset), "captions", lambda self, name, caption=nothing: caption)
+        with pytest.raises(ValueError, match=r"captions needs a caption of each training image, train_0000 has none"):
+            train_on_captions(run, Schedule(epochs=1, batch_size=4, lr=0.01, head_lr=0.1), 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": (10.0, -24.0, 1.0, 0.2)}, "background_weight: expected at least 0, got -24"),
+        ({"objective": "camera_ready", "leak": -1.0}, "leak: expected at least 0, got -1"),
+    ],
+)
+def test_options_are_refused_before_any_work_is_done(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    tiny = clims.PRESETS["tiny"]
+    with pytest.raises(ValueError, match=message):
+        clims.main(replace(tiny, out=tmp_path / "run", clims=replace(tiny.clims, **options)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("spec", ["no_such_module:pair", "tests.recipes.test_clims:no_such_pair", ":pair"])
+def test_models_of_ones_own_that_are_not_there_are_named(spec: str) -> None:
+    with pytest.raises(ValueError, match=f"critic.model: expected MODULE:FUNCTION, '{spec}' can't be imported"):
+        own_pair(spec)
+
+
+def test_clip_without_weights_is_refused() -> None:
+    pytest.importorskip("open_clip")
+    with pytest.raises(ValueError, match=r"critic.weights: expected a name of weights of ViT-S-32-alt, .*got none"):
+        open_clip_pair("ViT-S-32-alt", None)
 
 
 def test_unknown_models_are_refused(tmp_path: Path) -> None:
