@@ -14,9 +14,9 @@ from tests.golden.case import Case, adapter
 def matching(case: Case, loss_of: Callable[..., Tensor]) -> dict[str, Tensor]:
     """A matching loss of similarities with the weights and the clamp of the call."""
     call, similarity = case.call, case.leaf("in.similarity")
-    given = call.get("weights", 1)
+    given = 1 if call.get("weights") is None else call["weights"]
     flat = similarity.flatten()
-    weight = case.inputs[given].flatten() if isinstance(given, str) else torch.full_like(flat, given).detach()
+    weight = (case.inputs[given] if isinstance(given, str) else torch.tensor(given)).to(flat.dtype).flatten()
     clamp = None if call.get("clamp") is None else tuple(call["clamp"])
     loss = loss_of(flat, weight.expand_as(flat), clamp=clamp, margin=call.get("margin", 0))
     return {"out.loss": loss, **case.grads(loss)}

@@ -48,7 +48,7 @@ def joint_loss(case: Case) -> dict[str, Tensor]:
 @adapter("eps/cam_inference")
 def cam_inference(case: Case) -> dict[str, Tensor | Agreement]:
     labels = case.inputs["in.label"][None]
-    passes = [case.inputs[f"in.logits.{i}"] for i in range(len(case.inputs) - 1)]
+    passes = [case.inputs[f"in.logits.{i}"] for i in range(sum(key.startswith("in.logits.") for key in case.inputs))]
     maps = [x.softmax(1)[:, :-1] for x in passes]  # the class maps of a background-aware head
     mirrored = [i % 2 == 1 for i in range(len(maps))]
     cam = modules.multi_scale_cam(maps, labels, tuple(case.call["size"]), mirrored=mirrored).full(*labels.shape)
