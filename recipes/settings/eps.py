@@ -52,7 +52,7 @@ PRESETS = {
             crop=448,
             jitter=True,
             double_biases=True,
-            # 20,000 steps
+            # 19,830 steps; published: 20,000
             schedule=Schedule(epochs=15, batch_size=8, lr=0.01, head_lr=0.1, weight_decay=5e-4, momentum=5e-4),
         ),
         cams=CAMS["paper"],
