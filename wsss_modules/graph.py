@@ -47,7 +47,8 @@ class GlobalReasoningUnit(nn.Module):
         :math:`V = W_s (x P^\top) + b_s (P 1)^\top` and :math:`(W_e G) P`. That is 3 C M products a cell instead of
         2 C S + C M + 2 S M (98,000 for 180,000 at 512 channels and 64 nodes), and no (S, N) map is made. Mean and
         variance of the map that comes back follow from those of the nodes, so the batch norm is folded into the last
-        product. A batch of a single cell, which batch norm refuses, has a variance of 0. The sums over cells are
+        product. A batch of a single cell, which batch norm refuses, has a variance of 0; one without a cell leaves the
+        statistics as they are. The sums over cells are
         taken in float32 at least, also under autocast. A ``SyncBatchNorm`` in place of ``norm`` works, unfolded. Works
         in ``torch.compile(fullgraph=True)``.
 
@@ -114,7 +115,7 @@ class GlobalReasoningUnit(nn.Module):
         mean, variance = norm.running_mean, norm.running_var
         assert mean is not None  # for mypy: the statistics are tracked
         assert variance is not None
-        if norm.training:
+        if norm.training and assignment.numel() > 0:  # nothing is learnt of a batch without a cell
             centre = assignment.mean(2, keepdim=True)  # (B, M, 1)
             deviation = assignment - centre
             spread = deviation @ deviation.mT / max(1, assignment.shape[2])  # (B, M, M), covariance of the nodes

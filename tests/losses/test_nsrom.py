@@ -63,6 +63,14 @@ def test_large_logits_are_finite_and_only_the_released_form_loses_their_gradient
     torch.testing.assert_close(rising, torch.zeros(2) if saturate else torch.full((2,), 0.5), rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_of_unlikely_cells_are_exact_in_double_precision() -> None:
+    logits = torch.tensor([-24.0, 24.0], dtype=torch.float64).view(1, 1, 1, 2).requires_grad_()
+    target = torch.tensor([0.5, 0.0], dtype=torch.float64).view(1, 1, 1, 2)
+    (gradient,) = torch.autograd.grad(attention_regression_loss(logits, target), logits)
+    sigmoid = 1 / (1 + math.exp(-24))
+    assert gradient.flatten().tolist() == pytest.approx([-0.5 * sigmoid, sigmoid], rel=1e-14)
+
+
 LOGITS, TARGET = maps(2, 2, 3, 4, 4)
 
 

@@ -46,6 +46,14 @@ def test_a_single_cell_has_no_variance() -> None:
     assert all(value.isfinite().all() for value in unit.state_dict().values())
 
 
+@pytest.mark.parametrize("empty", [(0, 6, 3, 5), (2, 6, 0, 5)], ids=["image", "cell"])
+def test_a_batch_without_a_cell_leaves_the_statistics(empty: tuple[int, ...]) -> None:
+    unit, _ = unit_and_map()
+    before = copy.deepcopy(unit.state_dict())
+    assert unit.train()(torch.zeros(empty).double()).shape == empty
+    torch.testing.assert_close(unit.state_dict(), before)
+
+
 @pytest.mark.parametrize("momentum", [0.3, None])
 def test_statistics_move_as_the_batch_norm_says(momentum: float | None) -> None:
     unit, x = unit_and_map()
