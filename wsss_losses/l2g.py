@@ -14,6 +14,7 @@ from wsss_losses._reduction import Reduction, check_reduction, reduce
 from wsss_losses._soft_margin import soft_margin_costs
 from wsss_modules import crop_align, local_attention_target
 from wsss_modules._checks import check_floating, check_ndim, check_shape
+from wsss_modules.crops import check_target_options
 
 
 def local_to_global_transfer_loss(
@@ -272,6 +273,7 @@ class L2GLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(weight, "mean", global_weight)
+        check_target_options(threshold, background, empty_saliency)
         self.weight, self.threshold, self.global_weight = weight, threshold, global_weight
         self.background: Literal["binary", "value"] = background
         self.empty_saliency: Literal["zero", "attention"] = empty_saliency

@@ -230,10 +230,11 @@ def crop_align(features: Tensor, boxes: Tensor, out_size: Size, *, stride: float
     if 0 in features.shape[2:]:
         raise ValueError(f"features: expected at least one cell, got shape {tuple(features.shape)}")
     dtype = torch.promote_types(features.dtype, torch.float32)
-    x1, y1, x2, y2 = (boxes[:, 1:].to(dtype) / stride).unbind(1)
+    x1, y1, x2, y2 = boxes[:, 1:].to(dtype).unbind(1)
     with torch.autocast(features.device.type, enabled=False):
-        rows = _bin_weights(y1, y2, height, features.shape[2], aligned)  # (n, h, H)
-        columns = _bin_weights(x1, x2, width, features.shape[3], aligned)  # (n, w, W)
+        # lengths are taken in pixels: a rounding above one cell a bin would double the points
+        rows = _bin_weights(y1 / stride, (y2 - y1) / stride, height, features.shape[2], aligned)  # (n, h, H)
+        columns = _bin_weights(x1 / stride, (x2 - x1) / stride, width, features.shape[3], aligned)  # (n, w, W)
         maps = features.to(dtype)[boxes[:, 0].long()]  # (n, C, H, W)
         read = rows[:, None] @ maps @ columns.mT[:, None]
     return read.to(features.dtype)
@@ -308,12 +309,7 @@ def local_attention_target(
     if scores.shape[1] < 2:
         raise ValueError(f"scores: expected the background and at least one class, got shape {tuple(scores.shape)}")
     check_shape("labels", labels, (scores.shape[0], scores.shape[1] - 1), "to match scores")
-    if background not in ("binary", "value"):
-        raise ValueError(f'background: expected "binary" or "value", got {background!r}')
-    if empty_saliency not in ("zero", "attention"):
-        raise ValueError(f'empty_saliency: expected "zero" or "attention", got {empty_saliency!r}')
-    if threshold < 0:
-        raise ValueError(f"threshold: expected at least 0, got {threshold}")
+    check_target_options(threshold, background, empty_saliency)
     if 0 in scores.shape:
         return torch.zeros_like(scores)
     best, won, rows = _winner(at_least_float32(scores).flatten(2), labels > 0, eps)
@@ -330,6 +326,16 @@ def local_attention_target(
     won[:, 1:] *= of_class
     target = torch.zeros(len(scores) * scores.shape[1], won.shape[2], dtype=best.dtype, device=scores.device)
     return target.index_copy_(0, rows, won.flatten(0, 1)).view(scores.shape).to(scores.dtype)
+
+
+def check_target_options(threshold: float, background: str, empty_saliency: str) -> None:
+    """Raise ``ValueError`` for options that `local_attention_target` does not know."""
+    if background not in ("binary", "value"):
+        raise ValueError(f'background: expected "binary" or "value", got {background!r}')
+    if empty_saliency not in ("zero", "attention"):
+        raise ValueError(f'empty_saliency: expected "zero" or "attention", got {empty_saliency!r}')
+    if threshold < 0:
+        raise ValueError(f"threshold: expected at least 0, got {threshold}")
 
 
 def _winner(scores: Tensor, present: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -405,9 +411,8 @@ def _span(start: Tensor, length: int, limit: int) -> tuple[Tensor, Tensor]:
     return places.clamp(0, max(0, limit - 1)), (places >= 0) & (places < limit)
 
 
-def _bin_weights(start: Tensor, stop: Tensor, bins: int, cells: int, aligned: bool) -> Tensor:
+def _bin_weights(start: Tensor, length: Tensor, bins: int, cells: int, aligned: bool) -> Tensor:
     """(n, bins, cells): the share of each cell in the mean over the points of each bin, along one axis."""
-    length = stop - start
     if aligned:
         start = start - 0.5
     else:

@@ -154,6 +154,8 @@ TARGET = LOCAL.softmax(1)
         (lambda: LocalToGlobalTransferLoss(weight=-1), ValueError, "weight: expected at least 0, got -1"),
         (lambda: LocalToGlobalTransferLoss(reduction="max"), ValueError, 'reduction: expected "mean", "sum" or "none"'),
         (lambda: L2GLoss(global_weight=-1), ValueError, "global_weight: expected at least 0, got -1"),
+        (lambda: L2GLoss(threshold=-1), ValueError, "threshold: expected at least 0, got -1"),
+        (lambda: L2GLoss(background="soft"), ValueError, 'background: expected "binary" or "value", got \'soft\''),
         (
             lambda: l2g_loss(WHOLE, LOGITS, LOCAL, LABELS[:, :2], BOXES),
             ValueError,
@@ -181,8 +183,8 @@ TARGET = LOCAL.softmax(1)
         ),
     ],
     ids=[
-        *("scores", "integer", "integer-target", "target", "boxes", "weight", "reduction", "global_weight", "labels"),
-        *("logits", "local", "integer-local", "saliency"),
+        *("scores", "integer", "integer-target", "target", "boxes", "weight", "reduction", "global_weight"),
+        *("threshold", "background", "labels", "logits", "local", "integer-local", "saliency"),
     ],
 )
 def test_messages_name_argument_expected_and_given(call: Callable, error: type[Exception], message: str) -> None:

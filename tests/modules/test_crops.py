@@ -109,6 +109,18 @@ def test_reading_is_that_of_all_points_one_by_one(seed: int, h: int, w: int, str
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("stride", [6.0, 14.0])
+def test_bins_of_one_cell_have_one_point_at_any_stride_and_place(stride: float) -> None:
+    features, first = torch.randn(1, 1, 1, 40, generator=seeded(0)), torch.arange(200)
+    first = first[first + 16 * stride <= 40 * stride]
+    boxes = torch.stack([first * 0, first, first * 0, first + 16 * stride, first * 0 + stride], 1)
+    place = (first[:, None].double() / stride + torch.arange(16) + 0.5).clamp(max=39)  # (n, 16)
+    left, row = place.floor().long(), features.double().flatten()
+    between = torch.lerp(row[left], row[(left + 1).clamp(max=39)], place - left)
+    read = crop_align(features, boxes, (1, 16), stride=stride)[:, 0, 0]
+    torch.testing.assert_close(read.double(), between, rtol=0, atol=1e-4)
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("crop", [40, 44, 27, 17], ids=lambda crop: f"crop{crop}")
