@@ -20,13 +20,16 @@ This is supervision by image tags *and* saliency maps: compare it with systems t
 ``--saliency``, or from the data set; with ``none`` the crops teach their attention alone.
 
 For COCO: ``--l2g.resize square --l2g.no-corners --l2g.crops 4 --l2g.weight 30 --l2g.threshold 0.1 --l2g.background
-value --l2g.schedule.epochs 15 --l2g.schedule.batch-size 12 --l2g.schedule.lr 0.1``, and as in the released code, which
-hands the weight decay over as the momentum, ``--l2g.schedule.momentum 5e-4 --l2g.schedule.weight-decay 0``. Published
-with ResNet-38 for these maps: segmentation of 72.1 mIoU on VOC val and 44.2 on COCO val (README of the released code).
+value --l2g.schedule.epochs 15 --l2g.schedule.batch-size 12 --l2g.schedule.lr 0.1 --l2g.schedule.head-lr 1``, and as in
+the released code, which hands the weight decay over as the momentum, ``--l2g.schedule.momentum 5e-4
+--l2g.schedule.weight-decay 0``. Published with ResNet-38 for these maps: segmentation of 72.1 mIoU on VOC val and 44.2
+on COCO val (README of the released code).
 
 ``paper`` trains as published but for the learning rate, which follows the poly schedule of all recipes here instead of
 falling to a tenth at epoch 5 of 10, without Nesterov's momentum; images are shuffled, and the view is cut from the
 whole image, where the released code takes width and height for each other (`wsss_modules.random_boxes` can do either).
+Its segmentation for VOC starts from weights of COCO, here from those of ImageNet unless ``--segment.weights`` names a
+file.
 """
 
 from __future__ import annotations
@@ -129,6 +132,25 @@ def draw_boxes(config: L2GConfig, images: int) -> Tensor:
     return draw((config.view, config.view), config.crop, config.crops, images=images)
 
 
+def objective(config: L2GConfig, stride: int) -> L2GLoss:
+    return L2GLoss(
+        weight=config.weight,
+        threshold=config.threshold,
+        background=config.background,
+        empty_saliency=config.empty_saliency,
+        stride=stride,
+        aligned=config.aligned,
+    )
+
+
+def check(config: L2GConfig) -> None:
+    """Refuse what the first step would stumble over, which comes after the training of the plain classifier."""
+    if config.crops < 1:
+        raise ValueError(f"l2g.crops: expected at least 1, got {config.crops}")
+    draw_boxes(config, images=0)
+    objective(config, config.output_stride)
+
+
 def train_l2g(
     run: Run, classifier: Classifier | None, config: L2GConfig, saliency: Callable[[str], np.ndarray] | None
 ) -> L2GNet:
@@ -143,14 +165,7 @@ def train_l2g(
     views: Dataset = TaggedCrops(run.dataset, run.train, transform)
     if saliency is not None:
         views = SaliencyCrops(run.dataset, run.train, saliency, transform)
-    criterion = L2GLoss(
-        weight=config.weight,
-        threshold=config.threshold,
-        background=config.background,
-        empty_saliency=config.empty_saliency,
-        stride=whole.trunk.output_stride,
-        aligned=config.aligned,
-    )
+    criterion = objective(config, whole.trunk.output_stride)
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> NamedTuple:
         images = batch["image"]
@@ -171,6 +186,7 @@ def stretched(saliency: Tensor, stretch: bool) -> Tensor:
 
 
 def main(config: Config) -> dict:
+    check(config.l2g)
     run = start("l2g", config, takes=stages_before(config.l2g))
     saliency = saliency_unless_none(run, config.saliency)
     classifier = classifier_before(run, config.l2g, config.classify)

@@ -21,7 +21,10 @@ schedule, as the released code does: the first network only labels the training 
 in the original, lets the second go on from the first.
 
 ``paper`` trains as published but for the learning rate, which follows the poly schedule of all recipes here instead of
-falling to a tenth at epochs 5 and 10 of 15, and biases, which have no weight decay; images are shuffled.
+falling to a tenth at epochs 5 and 10 of 15, without Nesterov's momentum, and biases, which have no weight decay; images
+are shuffled. The three layers of either classifier start Kaiming normal, the others as torch has them; the released
+code does the former for all layers of the first classifier and the latter for the second. Its segmentation starts from
+weights of COCO, here from those of ImageNet unless ``--segment.weights`` names a file.
 """
 
 from __future__ import annotations
@@ -178,6 +181,8 @@ def first_segmentation(run: Run, config: Config) -> Segmenter:
 
 
 def main(config: Config) -> dict:
+    if config.dilation < 1:
+        raise ValueError(f"dilation: expected at least 1 pixel, got {config.dilation}")
     run = start("nsrom", config, takes=())
     saliency = saliency_source(run, config.saliency)
 

@@ -83,6 +83,7 @@ def classifier_before(run: Run, network: BackboneConfig, config: ClassifyConfig)
     """The plain classifier that ``network`` goes on from, a stage of its own; None if it has other weights."""
     if network.weights != "classifier":
         return None
+    _check_backbones(network.backbone, config.backbone)
     with run.stage("classify", "Plain classifier to start from"):
         return train_classifier(run, config)
 
@@ -113,14 +114,19 @@ def make_trunk(run: Run, config: BackboneConfig, output_stride: int, classifier:
         ValueError: an unknown backbone or weights, or those of a classifier of another kind.
     """
     starts_as_classifier = config.weights == "classifier" and classifier is not None
-    if starts_as_classifier and classifier.name != config.backbone:
-        raise ValueError(f"weights: expected those of {config.backbone}, got a classifier with {classifier.name}")
+    if starts_as_classifier:
+        _check_backbones(config.backbone, classifier.name)
     weights = "random" if starts_as_classifier or run.config.max_steps is not None else config.weights
     trunk = build_trunk(config.backbone, weights, output_stride)
     if starts_as_classifier:
         trunk.body.load_state_dict(classifier.body.state_dict())
     freeze_stages(trunk.body, config.frozen_stages)
     return trunk
+
+
+def _check_backbones(wanted: str, of_classifier: str) -> None:
+    if wanted != of_classifier:
+        raise ValueError(f"weights: expected those of {wanted}, got a classifier with {of_classifier}")
 
 
 def tagged_crops(run: Run, config: ClassifyConfig, trunk: Trunk) -> TaggedCrops:
