@@ -61,7 +61,7 @@ def pixel_correlation_head(case: Case) -> dict[str, Tensor]:
 @adapter("l2g/cam_inference")
 def cam_inference(case: Case) -> dict[str, Tensor | Agreement]:
     call, labels = case.call, case.inputs["in.label"][None]
-    passes = [case.inputs[f"in.map.{i}"] for i in range(len(case.inputs) - 1)]
+    passes = [case.inputs[f"in.map.{i}"] for i in range(sum(key.startswith("in.map.") for key in case.inputs))]
     maps = [x[:, :-1] for x in passes]
     mirrored = [i % 2 == 1 for i in range(len(maps))]
     size = tuple(call["size"])

@@ -15,8 +15,8 @@ def batched(map8: Tensor) -> Tensor:
 
 
 def keys(case: Case) -> Tensor:
-    """The 0-based classes of the image as those of a mask."""
-    return case.inputs["in.class_index"].long() + 1
+    """The 0-based classes of the image as those of a mask, in their order, in which equal scores are told apart."""
+    return case.inputs["in.class_index"].long().sort().values + 1
 
 
 @adapter("nsrom/global_reasoning_unit")
@@ -76,7 +76,7 @@ def attention_regression_loss(case: Case) -> dict[str, Tensor]:
 @adapter("nsrom/pseudo_label")
 def pseudo_label(case: Case) -> dict[str, Tensor]:
     call, inputs = case.call, case.inputs
-    classes, missing = inputs["in.class_index"].tolist(), set(call.get("missing_oa_cam", []))
+    classes, missing = (keys(case) - 1).tolist(), set(call.get("missing_oa_cam", []))
     nothing = torch.zeros_like(inputs["in.saliency"])  # no file, no attention
     oa_cam, cam = (
         torch.stack([nothing, *(nothing if k in gone else inputs.get(f"in.{name}.{k}", nothing) for k in classes)])[1:]
@@ -91,8 +91,9 @@ def pseudo_label(case: Case) -> dict[str, Tensor]:
         salient=call["bg_thr"] / 255,
         attention=call["att_thr"],
     )
+    # fg_thr is the labels' alone: the mining has a 0.3 of its own
     after = modules.potential_object_mining(
-        before, cam[None].double(), keys=keys(case), foreground=call["fg_thr"], min_foreground=call["min_fg_ratio"]
+        before, cam[None].double(), keys=keys(case), min_foreground=call["min_fg_ratio"]
     )
     return {"out.label_before_mining": before[0], "out.label": after[0]}
 
