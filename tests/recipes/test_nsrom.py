@@ -1,5 +1,6 @@
 """NSROM accumulates attention, regresses it, and trains two segmentation networks from the same beginning."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from recipes import nsrom
 from recipes.pipeline import segmentation
 from recipes.pipeline.models import build_trunk
 from recipes.pipeline.run import Run, start
-from recipes.pipeline.training import Schedule, fit
+from recipes.pipeline.training import Moment, Schedule, fit
 from wsss_modules import GlobalReasoningUnit
 
 SMALL = nsrom.NSROMConfig(
@@ -54,6 +56,31 @@ def test_training_killed_and_resumed_accumulates_the_same(tmp_path: Path, monkey
     assert whole.keys() == resumed.keys()
     for key, value in whole.items():
         assert torch.equal(value, resumed[key]), key
+
+
+def test_attention_is_kept_from_the_second_epoch_on_and_forced_in_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[tuple[int, bool]] = []
+    epoch = 0
+
+    def steps(run: Run, stage: str, net: torch.nn.Module, squares: Dataset, loss_of: Callable, *_: object) -> None:
+        nonlocal epoch
+        batch = {key: value[None] for key, value in squares[0].items()}
+        per_epoch = len(squares) // SMALL.schedule.batch_size
+        assert per_epoch > 1
+        for step in range(3 * per_epoch):
+            epoch = step // per_epoch
+            loss_of(net, batch, Moment(step, 3 * per_epoch, epoch, 3))
+        assert [kept.count(pair) for pair in ((1, False), (2, True))] == [per_epoch, per_epoch]
+
+    def note(*_: object, last: bool, **options: object) -> None:
+        kept.append((epoch, last))
+
+    monkeypatch.setattr(nsrom, "fit", steps)
+    monkeypatch.setattr(nsrom.OnlineAttentionAccumulator, "update", note)
+    nsrom.train_first(run_in(tmp_path), SMALL)
+    assert set(kept) == {(1, False), (2, True)}
 
 
 def test_the_first_classifier_rectifies_after_the_reasoning_and_the_second_before() -> None:
