@@ -15,16 +15,18 @@ maps.
     python -m recipes run advcam --climb.steps 1                    # the plain CAM, for comparison
 
 Works on any classifier with a CAM. A step costs a pass forward and one back to the pixels, for every class, scale and
-step: with the published 27 steps at four scales about 90 times the plain CAMs. In the released code the factor that is
-to make up for the fewer steps of the half scale stays on for the others; ``paper`` does the same.
+step: with the published 27 steps at four scales about 50 times the plain CAMs, for each class of an image. In the
+released code the factor that is to make up for the fewer steps of the half scale stays on for the others; ``paper``
+does the same.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from recipes import irn
 from recipes.cli import run_recipe
@@ -42,16 +44,11 @@ from wsss_modules import AdvCAM
 __all__ = ["PRESETS", "Config", "main"]
 
 
-def write_climbed_cams(
-    run: Run, classifier: Classifier, names: Sequence[str], cams: CamConfig, climb: ClimbConfig
-) -> None:
-    """Section 3: all tagged classes of an image climb together, at one scale after the other."""
-    classifier.trunk = classifier.trunk.with_output_stride(cams.output_stride)
-    device = run.fabric.device
-    classifier.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # threads share it
-    advcam = AdvCAM(
-        classifier,
-        classifier.head.classifier,
+def climber(model: Callable, head: nn.Module | None, climb: ClimbConfig) -> AdvCAM:
+    """Section 3.2 and 3.3: the climb of images towards classes of ``model``, whose class maps ``head`` makes."""
+    return AdvCAM(
+        model,
+        head,
         steps=climb.steps,
         step_size=climb.step_size,
         ad_coeff=climb.ad_coeff,
@@ -60,6 +57,16 @@ def write_climbed_cams(
         legacy_scale_weight=climb.legacy_scale_weight,
         chunk=climb.chunk,
     )
+
+
+def write_climbed_cams(
+    run: Run, classifier: Classifier, names: Sequence[str], cams: CamConfig, climb: ClimbConfig
+) -> None:
+    """Section 3: all tagged classes of an image climb together, at one scale after the other."""
+    classifier.trunk = classifier.trunk.with_output_stride(cams.output_stride)
+    device = run.fabric.device
+    classifier.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # threads share it
+    advcam = climber(classifier, classifier.head.classifier, climb)
 
     def work(name: str) -> None:
         image = image_tensor(run.dataset.image(name)).to(device)
@@ -73,6 +80,7 @@ def write_climbed_cams(
 
 
 def main(config: Config) -> dict:
+    climber(nn.Identity(), None, config.climb)  # or a word on what is wrong with it, before the classifier is trained
     run = start("advcam", config, takes=("classify",))
 
     with run.stage("classify", "Classifier from tags"):

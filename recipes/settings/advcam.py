@@ -59,9 +59,10 @@ def sharpened(walk: irn.WalkConfig) -> irn.WalkConfig:
     return replace(walk, cam_power=1.5)
 
 
-# A CPU has no time for 27 steps at four scales; `demo` shows that it works rather than how well. With networks other
-# than their own the authors took about 8 steps; the scales kept in `small` are the image's own, at which it is as
-# large as the crops that the classifier learnt from, and the half one, at which a step costs a quarter.
+# A CPU has no time for 27 steps at four scales; `demo` shows that it works rather than how well. The 8 steps of `small`
+# are about those that an author recalls for other networks, SEAM and SC-CAM on ResNet-38, there with an `ad_coeff` of
+# about 2. The scales kept in `small` are the image's own, at which it is as large as the crops that the classifier
+# learnt from, and the half one, at which a step costs a quarter.
 PRESETS = {
     "demo": Config(),
     "small": Config(

@@ -318,6 +318,18 @@ def test_images_without_a_class_have_no_map_and_a_dead_class_a_map_of_zeros() ->
     assert out.cam[0].any()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (8, 12)])
+def test_an_image_of_one_value_has_nowhere_to_climb(size: tuple[int, int]) -> None:
+    net, flat = Net(), torch.full((2, 2, 3, *size), 0.4, dtype=torch.float64)
+    first, second = AdvCAM(net, net.head, steps=2).climb(flat, LABELS)
+    assert first.gradient.any()
+    assert torch.equal(second.pairs, first.pairs)
+    assert torch.equal(second.region, first.region)
+    out = AdvCAM(net, net.head, steps=2)({1.0: flat}, LABELS, size)
+    assert out.high_res.shape == (3, *size)
+    assert 0 <= out.high_res.min() <= out.high_res.max() <= 1
+
+
 def test_the_network_and_the_images_are_as_before() -> None:
     net, x = Net(), pairs()
     net.train()

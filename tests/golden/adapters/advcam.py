@@ -89,7 +89,7 @@ def climb_steps(case: Case) -> dict[str, Tensor]:
 def advcam(case: Case) -> dict[str, Tensor]:
     call, labels = case.call, case.inputs["in.label"][None]
     module = climber(case, call["adv_iter"], legacy_scale_weight=True)
-    pairs = {scale: case.inputs[f"in.image_scale_{scale}"][None] for scale in call["scales"]}
+    pairs = {scale: case.inputs[f"in.image_scale_{scale}"][None] for scale in map(float, call["scales"])}
     out = module(pairs, labels, tuple(call["image_size"]))
     total = module.accumulate(pairs, labels)
     return {
