@@ -14,8 +14,8 @@ fusion is dropped after the training. The student is trained twice from the same
 
 ReviewKD was published for classification and detection; there is no published setting for segmentation, and all of
 them here are ours: maps of the encoders at strides 4 and up, the weight 1 of ImageNet and detection with a warm-up, and
-masks from CAMs and the dense CRF. The teacher is in eval mode and without gradients. The authors take maps before the
-activation that ends a stage; here they are what the encoder gives, which is that for EfficientNet, not for ResNet.
+masks from CAMs and the dense CRF. The teacher is in eval mode and without gradients. Maps are taken before the
+activation that ends a stage, as published for ImageNet.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from recipes.cli import run_recipe
 from recipes.pipeline.cams import write_cams
 from recipes.pipeline.classification import train_classifier
 from recipes.pipeline.labels import masks_by_threshold, measure_cams, measure_masks, read_mask
+from recipes.pipeline.models import Trunk
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import keep_network, masked_crops, pixel_loss, segment, train_segmentation
@@ -42,6 +44,31 @@ from wsss_losses import review_kd_loss
 from wsss_modules import ReviewDistiller, teacher_features
 
 __all__ = ["PRESETS", "Config", "main"]
+
+
+def unactivated_levels(network: Segmenter, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The logits, and the maps of the encoder from fine to coarse, before the activation that ends a stage.
+
+    A stage of an EfficientNet ends without one; before that of a ResNet, which works in place, its map is copied.
+    """
+    body = network.encoder.body if isinstance(network.encoder, Trunk) else network.encoder.model
+    before: dict[int, Tensor] = {}
+
+    def keep(stage: int, _: nn.Module, arguments: tuple[Tensor]) -> None:
+        before[stage] = arguments[0].clone()
+
+    hooks = []
+    for stage in range(1, 5):  # level 0 is the stem
+        blocks = getattr(body, f"layer{stage}", [None])
+        activation = getattr(blocks[-1], "act3", getattr(blocks[-1], "act2", None))
+        if activation is not None:
+            hooks.append(activation.register_forward_pre_hook(partial(keep, stage)))
+    try:
+        logits, levels = network.with_levels(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, [before.get(stage, level) for stage, level in enumerate(levels)]
 
 
 class Teacher(nn.Module):
@@ -60,7 +87,7 @@ class Teacher(nn.Module):
         self.register_buffer("shift", torch.tensor(shift).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        levels = self.network.with_levels(images * self.scale + self.shift)[1]
+        levels = unactivated_levels(self.network, images * self.scale + self.shift)[1]
         maps = [levels[stage] for stage in self.stages]
         return [x / x.square().mean().sqrt().clamp(min=1e-6) for x in maps]
 
@@ -73,7 +100,7 @@ class Reviewed(nn.Module):
         self.student, self.stages, self.distiller = student, stages, distiller
 
     def forward(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
-        logits, levels = self.student.with_levels(images)
+        logits, levels = unactivated_levels(self.student, images)
         return logits, self.distiller([levels[stage] for stage in self.stages], sizes)
 
 
@@ -87,8 +114,8 @@ class Terms(NamedTuple):
 def meeting_stages(student: Segmenter, teacher: Segmenter) -> tuple[dict[int, int], list[int], list[int]]:
     """Which stage of the teacher meets which of the student, and the channels of both.
 
-    All stages of the student from stride 4 on that the teacher has the stride of; where there are several of a stride,
-    the deepest meets the deepest.
+    All stages of the student from stride 4 on. Networks with as many stages meet stage by stage, whatever their
+    strides; otherwise a stage meets one of its own stride, if there is any, the deepest of them the deepest.
     """
     shapes = []
     for network in (student, teacher):
@@ -97,14 +124,30 @@ def meeting_stages(student: Segmenter, teacher: Segmenter) -> tuple[dict[int, in
         network.train(was_training)
     of_student, of_teacher = shapes
     pairs: dict[int, int] = {}
-    for side in {side for _, side in of_student if side <= 16}:
-        ours, theirs = ([stage for stage, (_, s) in enumerate(of) if s == side][::-1] for of in shapes)
-        if theirs:
-            pairs |= {stage: theirs[min(place, len(theirs) - 1)] for place, stage in enumerate(ours)}
+    if len(of_student) == len(of_teacher):
+        pairs = {stage: stage for stage, (_, side) in enumerate(of_student) if side <= 16}
+    else:
+        for side in {side for _, side in of_student if side <= 16}:
+            ours, theirs = ([stage for stage, (_, s) in enumerate(of) if s == side][::-1] for of in shapes)
+            if theirs:
+                pairs |= {stage: theirs[min(place, len(theirs) - 1)] for place, stage in enumerate(ours)}
     if not pairs:
         raise ValueError(f"student: expected maps of the teacher's sizes, got {of_student} and {of_teacher}")
     pairs = dict(sorted(pairs.items()))
     return pairs, [of_student[stage][0] for stage in pairs], [of_teacher[stage][0] for stage in pairs.values()]
+
+
+def check(config: StudentConfig) -> None:
+    """A word on what is wrong with the settings, before the teacher is trained."""
+    if not 3 <= config.depth <= 5:
+        raise ValueError(f"student.depth: expected 3 to 5, got {config.depth}")
+    if config.decoder_channels < 1 or config.mid_channels < 1:
+        told = f"{config.decoder_channels} and {config.mid_channels}"
+        raise ValueError(f"student.decoder_channels, student.mid_channels: expected at least 1, got {told}")
+    if config.weight < 0 or config.warmup < 0:
+        raise ValueError(
+            f"student.weight, student.warmup: expected at least 0, got {config.weight} and {config.warmup}"
+        )
 
 
 def new_student(run: Run, config: StudentConfig) -> Segmenter:
@@ -154,7 +197,9 @@ def measure_student(run: Run, student: Segmenter, config: SegmentConfig, folder:
 
 
 def main(config: Config) -> dict:
+    check(config.student)
     run = start("reviewkd", config)
+    new_student(run, config.student)  # tells an unknown network or missing weights
 
     with run.stage("classify", "Classifier from tags"):
         classifier = train_classifier(run, config.classify)

@@ -197,7 +197,8 @@ class ReviewDistiller(nn.Module):
     Notes:
         ``blocks[0]`` is the deepest stage, as in the released state dict. If the two pyramids have different numbers of
         stages, take as many of the deepest ones, such as timm's ``out_indices``. Networks that give channels last, such
-        as Swin, are asked by `pyramid_maps`. Where a stage ends with an activation, the authors take maps before it.
+        as Swin, are asked by `pyramid_maps`. Where a stage ends with an activation, the authors take the teacher's maps
+        before it, and on ImageNet the student's as well. For classification the pooled vector is one more stage.
 
     Example:
         >>> distiller = ReviewDistiller([16, 24, 40], [64, 128, 256])

@@ -39,11 +39,66 @@ def test_a_shallower_encoder_is_smaller_and_meets_the_teacher_stride_by_stride(t
     assert logits.shape[1] == 1 + len(run.dataset.classes)
 
 
+def test_networks_of_equal_depth_meet_stage_by_stage_whatever_their_strides() -> None:
+    paper = reviewkd.PRESETS["paper"]
+    student = replace(paper.student.network, weights="random", output_stride=16)
+    teacher = replace(paper.segment, weights="random", encoder="resnet26")  # with the blocks of ResNet-101
+    networks = Segmenter(student, 4, depth=paper.student.depth), Segmenter(teacher, 4)
+    sides = [[x.shape[-1] for x in network.eval().with_levels(torch.rand(1, 3, 64, 64))[1]] for network in networks]
+    assert sides == [[32, 16, 8, 4, 4], [32, 16, 8, 8, 8]]
+    pairs, of_student, of_teacher = reviewkd.meeting_stages(*networks)
+    assert pairs == {1: 1, 2: 2, 3: 3, 4: 4}
+    assert of_student == [64, 128, 256, 512]
+    assert of_teacher == [256, 512, 1024, 2048]
+
+
 def test_levels_come_with_the_logits_of_forward(tmp_path: Path) -> None:
     teacher, images = a_teacher(run_in(tmp_path)), torch.rand(1, 3, 64, 96)
     assert torch.equal(teacher.with_levels(images)[0], teacher(images))
     flat = Segmenter(replace(STUDENT.network, architecture="largefov"), 4).eval()
     assert torch.equal(flat.with_levels(images)[0], flat(images))
+
+
+@pytest.mark.parametrize(("architecture", "encoder"), [("deeplabv3plus", "resnet18"), ("deeplabv2", "resnet26")])
+def test_maps_of_a_resnet_are_those_before_the_relu_that_ends_a_stage(architecture: str, encoder: str) -> None:
+    network = Segmenter(replace(STUDENT.network, architecture=architecture, encoder=encoder), 4).eval()
+    for module in network.encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)  # timm starts the last of a block at zero, which leaves the shortcut
+    images = torch.rand(1, 3, 64, 64)
+    logits, maps = reviewkd.unactivated_levels(network, images)
+    expected, levels = network.with_levels(images)
+    assert torch.equal(logits, expected)
+    assert torch.equal(maps[0], levels[0])
+    for before, after in zip(maps[1:], levels[1:], strict=True):
+        assert before.min() < 0
+        assert torch.equal(before.relu(), after)
+    sum(x.square().mean() for x in maps).backward()
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("student.depth: expected 3 to 5, got 2", {"depth": 2}),
+        ("student.decoder_channels, student.mid_channels: expected at least 1, got 64 and 0", {"mid_channels": 0}),
+        ("student.weight, student.warmup: expected at least 0, got 1.0 and -1", {"warmup": -1}),
+    ],
+)
+def test_a_wrong_student_is_told_before_anything_is_done(
+    tmp_path: Path, message: str, change: dict[str, float]
+) -> None:
+    config = replace(reviewkd.PRESETS["tiny"], out=tmp_path / "run", student=replace(STUDENT, **change))
+    with pytest.raises(ValueError, match=message):
+        reviewkd.main(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_student_is_told_before_the_teacher_is_trained(tmp_path: Path) -> None:
+    student = replace(STUDENT, network=replace(STUDENT.network, architecture="deeplabv9"))
+    config = replace(reviewkd.PRESETS["tiny"], out=tmp_path / "run", workers=0, accelerator="cpu", student=student)
+    with pytest.raises(ValueError, match="architecture: expected deeplabv3plus"):
+        reviewkd.main(config)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_the_teacher_sees_the_images_as_it_is_used_to_and_its_maps_have_unit_size(tmp_path: Path) -> None:
