@@ -75,7 +75,7 @@ def hierarchical_context_loss(
         tensor(8.)
     """
     _check_levels(levels, decay, reduction)
-    students, teachers = ([maps] if isinstance(maps, Tensor) else list(maps) for maps in (student, teacher))
+    students, teachers = _stages(student), _stages(teacher)
     if len(students) != len(teachers):
         raise ValueError(f"teacher: expected {len(students)} maps to match student, got {len(teachers)}")
     if not students:
@@ -174,6 +174,9 @@ def distill_kl_loss(
     Paper:
         Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531; an option of the
         released code of Chen et al., CVPR 2021, off by default there.
+
+    Differences:
+        The released code is for (B, K); of logits at each pixel it would take the sum over pixels.
 
     Notes:
         Computed in float32 for half precision. Compiles with ``fullgraph=True``.
@@ -327,11 +330,12 @@ class ReviewKDLoss(nn.Module):
 
     def forward(self, student: Maps, teacher: Maps, epoch: float) -> Tensor:
         """Maps of the student and of the teacher, and the epoch -> loss."""
+        students, teachers = _stages(student), _stages(teacher)
         if self.distiller is not None:
-            student = self.distiller(student, [x.shape[-2:] for x in teacher])
+            students = self.distiller(students, [x.shape[-2:] for x in teachers])
         return review_kd_loss(
-            student,
-            teacher,
+            students,
+            teachers,
             epoch,
             weight=self.weight,
             warmup=self.warmup,
@@ -342,6 +346,10 @@ class ReviewKDLoss(nn.Module):
     def extra_repr(self) -> str:
         """Show the options."""
         return f"weight={self.weight}, warmup={self.warmup}, levels={self.levels}, decay={self.decay}"
+
+
+def _stages(maps: Maps) -> list[Tensor]:
+    return [maps] if isinstance(maps, Tensor) else list(maps)
 
 
 def _stage_cost(student: Tensor, teacher: Tensor, levels: Sequence[int], decay: float, reduction: Reduction) -> Tensor:

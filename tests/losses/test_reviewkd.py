@@ -134,6 +134,12 @@ def test_loss_with_a_distiller_teaches_student_and_distiller_and_takes_the_teach
     assert list(loss.parameters()) == list(distiller.parameters())
 
 
+def test_a_distiller_of_one_stage_takes_maps_without_a_list() -> None:
+    loss = ReviewKDLoss(ReviewDistiller([4], [5]).double().eval(), warmup=0.0)
+    student, teacher = draw(2, 4, 6, 8), draw(2, 5, 3, 4, seed=1)
+    torch.testing.assert_close(loss(student, teacher, 0), loss([student], [teacher], 0))
+
+
 MAP = torch.ones(2, 3, 4, 4)
 
 

@@ -47,11 +47,8 @@ def abf(case: Case) -> dict[str, Tensor]:
 
 @adapter("reviewkd/hcl")
 def hcl(case: Case) -> dict[str, Tensor]:
-    student, teacher = (
-        [case.leaf(n) for n in stages(case, "student")],
-        [case.inputs[n] for n in stages(case, "teacher")],
-    )
-    loss = losses.hierarchical_context_loss(student, teacher, levels=case.call["levels"])
+    student, teacher = ([case.leaf(name) for name in stages(case, whose)] for whose in ("student", "teacher"))
+    loss = losses.hierarchical_context_loss(student, teacher, levels=case.call["levels"], detach_teacher=False)
     return {"out.loss": loss, **case.grads(loss)}
 
 
@@ -68,14 +65,14 @@ def review_kd(case: Case) -> dict[str, Tensor | Within]:
     distiller = modules.ReviewDistiller(call["in_channels"], call["out_channels"], call["mid_channel"])
     case.load(distiller, rename).train(call["training"])
     student = [case.leaf(name) for name in stages(case, "student")][-len(call["in_channels"]) :]
-    teacher = [case.inputs[name] for name in stages(case, "teacher")]
-    sides = call.get("out_shapes") or call.get("shapes") or [None] * len(student)
+    teacher = [case.leaf(name) for name in stages(case, "teacher")]
+    sides = (call.get("out_shapes") or call.get("shapes") or [None] * len(student))[: len(student)]
     sizes = [target(side, x) for side, x in zip(sides[::-1], student, strict=True)]
     result = distiller(student, sizes)
-    loss = losses.hierarchical_context_loss(result, teacher)
+    loss = losses.hierarchical_context_loss(result, teacher, detach_teacher=False)
     grads: dict[str, Tensor | Within] = {**case.grads(loss)}
-    if call["training"] and student[-1].numel() == 2 * student[-1].shape[1]:
-        key = "grad.param.abfs.0.conv1.0.weight"
+    key = "grad.param.abfs.0.conv1.0.weight"
+    if key in grads and call["training"] and student[-1].numel() == 2 * student[-1].shape[1]:
         grads[key] = widened(case, key, grads[key], distiller.blocks[0].reduce[0](student[-1]))
     return {**{f"out.result.{i}": x for i, x in enumerate(result)}, "out.loss": loss, **grads}
 
