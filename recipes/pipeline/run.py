@@ -340,13 +340,40 @@ def settings(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(plain, default=str))
 
 
+def defaults(config: Any) -> dict[str, Any]:
+    """As :func:`settings`, but what each is where nothing is said.
+
+    A run that was begun before there was a setting had its default: a new one leaves things as they were.
+    """
+    found: dict[str, Any] = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if entry.default_factory is not dataclasses.MISSING:
+            found[entry.name] = entry.default_factory()
+        elif entry.default is not dataclasses.MISSING:
+            found[entry.name] = entry.default
+        if dataclasses.is_dataclass(value):
+            whole = settings(found[entry.name]) if dataclasses.is_dataclass(found.get(entry.name)) else {}
+            found[entry.name] = _completed(defaults(value), whole)
+    return json.loads(json.dumps(found, default=str))
+
+
+def _completed(found: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
+    """``found`` with those entries of ``by`` that it lacks, at any depth."""
+    both = {**by, **found}
+    for key, value in by.items():
+        if isinstance(value, Mapping) and isinstance(both[key], Mapping):
+            both[key] = _completed(both[key], value)
+    return both
+
+
 def _open_folder(folder: Path, recipe: str, config: RunConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.rglob("*.part-*"):
         left_over.unlink()
     wanted = {"recipe": recipe, **settings(config)}
     if (folder / "config.yaml").exists():
-        differing = differing_settings(read_settings(folder, ANEW), wanted)
+        differing = differing_settings(read_settings(folder, ANEW), wanted, defaults(config))
         if differing:
             told = "; ".join(differing)
             raise ValueError(f"out: {folder} holds a run with other settings ({told}); give another --out or remove it")
@@ -360,9 +387,16 @@ def _open_folder(folder: Path, recipe: str, config: RunConfig) -> None:
 
 
 def differing_settings(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], keys: Iterable[str] | None = None
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    unsaid: Mapping[str, Any],
+    keys: Iterable[str] | None = None,
 ) -> list[str]:
-    """Where two ``config.yaml`` differ, a few words a setting; by default in what makes them those of two runs."""
+    """Where two ``config.yaml`` differ, a few words a setting; by default in what makes them those of two runs.
+
+    ``unsaid`` are the :func:`defaults` of settings that ``found`` lacks.
+    """
+    found = _completed(found, unsaid)
     if keys is None:
         keys = sorted((wanted.keys() | found.keys()) - set(IDENTITY_FIELDS_LEFT_OUT))
     differing = [key for key in keys if wanted.get(key) != found.get(key)]
@@ -439,7 +473,7 @@ def _differing(run: Run, source: Path, keys: Sequence[str]) -> list[str]:
     if not (source / "config.yaml").exists():
         flag = "share" if run.config.reuse is None else "reuse"
         raise ValueError(f"{flag}: expected a run folder with config.yaml, got {source}")
-    return differing_settings(read_settings(source), settings(run.config), keys)
+    return differing_settings(read_settings(source), settings(run.config), defaults(run.config), keys)
 
 
 def _processor_seconds() -> float:

@@ -32,7 +32,7 @@ from recipes.pipeline.data import ImageSet, load_dataset
 from recipes.pipeline.files import ANEW, read_metrics, read_settings, write_text
 from recipes.pipeline.report import repeat_command
 from recipes.pipeline.results import PLAIN, Results, markdown, page, record_of, table_csv, wants_saliency
-from recipes.pipeline.run import check_until, differing_settings, settings
+from recipes.pipeline.run import check_until, defaults, differing_settings, settings
 from recipes.pipeline.tables import duration, processor_seconds, total_seconds
 
 CUES = "c2am"  # learns saliency maps for those that need some, where the data set has none
@@ -68,6 +68,7 @@ class Planned:
         recipe: its recipe.
         folder: where it is or will be.
         settings: what its config.yaml says.
+        unsaid: what a setting is that an older config.yaml lacks.
         share: the run of the plain CAM with the same seed; None for this one itself.
         needs: the run whose saliency maps it reads.
         state: finished, begun, new, or refused because the folder holds another run.
@@ -78,6 +79,7 @@ class Planned:
     recipe: str
     folder: Path
     settings: dict[str, Any]
+    unsaid: dict[str, Any]
     share: Planned | None = None
     needs: Planned | None = None
     state: str = "new"
@@ -91,7 +93,23 @@ class Planned:
     @property
     def finished(self) -> bool:
         """Whether the folder holds this run, finished, by now."""
-        return _state(self.folder, self.settings)[0] == "finished"
+        return self.state_in(self.folder)[0] == "finished"
+
+    def state_in(self, folder: Path) -> tuple[str, str]:
+        """(state, note) of what is in a folder: a run that went further than this one is finished too."""
+        if not (folder / "config.yaml").is_file():
+            return "new", ""
+        try:
+            found = read_settings(folder, ANEW)
+            metrics = read_metrics(folder, ANEW) if (folder / "metrics.json").is_file() else {}
+        except ValueError as error:
+            return "refused", str(error)
+        differing = differing_settings(found, self.settings, self.unsaid)
+        if differing:
+            told = "; ".join(differing)
+            return "refused", f"{folder} holds a run with other settings ({told}); give another --out or remove it"
+        as_far = found.get("until") in (None, self.settings.get("until"))
+        return ("finished" if _ended(metrics) and as_far else "begun"), ""
 
 
 def plan_sweep(config: SweepConfig, load: Callable[[str], ModuleType]) -> list[Planned]:
@@ -144,7 +162,7 @@ def plan_sweep(config: SweepConfig, load: Callable[[str], ModuleType]) -> list[P
         made: dict[str, Planned] = {}
         for name in (*first, *(name for name in asked if name not in first)):
             run = made[name] = _planned(name, modules[name], config, seed, made, missing)
-            run.state, run.note = _state(run.folder, run.settings)
+            run.state, run.note = run.state_in(run.folder)
             if run.state == "new":
                 _count(run, elsewhere)
         plan += made.values()
@@ -191,7 +209,8 @@ def _planned(
         needs = made[CUES]
         changes["saliency"] = str(needs.folder)
     found = _settings(name, module, config, **changes)
-    return Planned(f"{name}-s{seed}", name, changes["out"], found, plain, needs)
+    unsaid = defaults(module.PRESETS[config.preset])
+    return Planned(f"{name}-s{seed}", name, changes["out"], found, unsaid, plain, needs)
 
 
 def _settings_in(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -206,25 +225,9 @@ def _count(run: Planned, elsewhere: Sequence[tuple[Path, Mapping[str, Any]]]) ->
     """Let a finished run of the same settings, of those at hand with their settings, stand for ``run``."""
     for folder, found in elsewhere:
         alike = (found.get("recipe"), found.get("seed")) == (run.recipe, run.settings.get("seed"))
-        if alike and _state(folder, run.settings)[0] == "finished":
+        if alike and run.state_in(folder)[0] == "finished":
             run.folder, run.state, run.note = folder, "finished", f"in {folder}"
             return
-
-
-def _state(folder: Path, wanted: Mapping[str, Any]) -> tuple[str, str]:
-    """(state, note) of a run in ``folder``: a run that went further than ``wanted`` is finished too."""
-    if not (folder / "config.yaml").is_file():
-        return "new", ""
-    try:
-        found = read_settings(folder, ANEW)
-        metrics = read_metrics(folder, ANEW) if (folder / "metrics.json").is_file() else {}
-    except ValueError as error:
-        return "refused", str(error)
-    differing = differing_settings(found, wanted)
-    if differing:
-        told = "; ".join(differing)
-        return "refused", f"{folder} holds a run with other settings ({told}); give another --out or remove it"
-    return ("finished" if _ended(metrics) and found.get("until") in (None, wanted.get("until")) else "begun"), ""
 
 
 def _ended(metrics: Mapping[str, Any]) -> bool:
@@ -351,7 +354,7 @@ def run_sweep(
 
 def _make(config: SweepConfig, run: Planned, launch: Callable[[Sequence[str], Path], int]) -> str:
     """Make one run; returns why it failed."""
-    run.state, run.note = _state(run.folder, run.settings)
+    run.state, run.note = run.state_in(run.folder)
     if run.state == "refused":
         return run.note
     if run.needs is not None and not run.needs.finished:

@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from recipes import cam
 from recipes.pipeline.cams import CamConfig
+from recipes.pipeline.classification import ClassifyConfig
 from recipes.pipeline.run import Run, start
+from recipes.pipeline.segmenter import SegmentConfig
 
 TINY = replace(cam.PRESETS["tiny"], preset="tiny", accelerator="cpu")
 
@@ -114,3 +117,32 @@ def test_a_run_that_is_gone_on_with_is_not_finished(tmp_path: Path) -> None:
     run = start("cam", replace(TINY, out=tmp_path / "run"))
     run.record(finished=True)
     assert start("cam", replace(TINY, out=tmp_path / "run")).metrics["finished"] is False
+
+
+def forget(folder: Path, *settings: str) -> None:
+    """Leave settings out of ``config.yaml``, as of a run begun before they came."""
+    file = folder / "config.yaml"
+    told = yaml.safe_load(file.read_text())
+    for setting in settings:
+        *groups, last = setting.split(".")
+        place = told
+        for group in groups:
+            place = place[group]
+        del place[last]
+    file.write_text(yaml.safe_dump(told))
+
+
+def test_a_run_begun_before_a_setting_came_had_its_default(plain: Path, tmp_path: Path) -> None:
+    forget(plain, "classify.jitter", "cams.output_stride", "mask_crf", "segment")
+    run = begin(tmp_path / "run", plain, segment=SegmentConfig())
+    assert run.metrics["taken"] == ["classify", "cams"]
+    start("cam", replace(TINY, out=plain, segment=SegmentConfig()))
+    assert yaml.safe_load((plain / "config.yaml").read_text())["mask_crf"] is True  # from now on it is told
+
+
+def test_a_run_begun_before_a_setting_came_is_no_run_with_another_value(plain: Path, tmp_path: Path) -> None:
+    forget(plain, "classify.jitter", "mask_crf")
+    with pytest.raises(ValueError, match="mask_crf: True there, False now"):
+        start("cam", replace(TINY, out=plain, mask_crf=False))
+    jittered = replace(TINY.classify, jitter=not ClassifyConfig().jitter)
+    assert "taken" not in begin(tmp_path / "run", plain, classify=jittered).metrics
