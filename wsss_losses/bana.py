@@ -113,7 +113,8 @@ def noise_aware_loss(
         trusted_sum, noisy_sum, mass = sum_over_processes(sums, sync).unbind()
         count = sum_over_processes(trusted.sum().to(scores.dtype), sync)
         first = trusted_sum / count.clamp(min=1)
-        noisy = torch.where(mass > 0, noisy_sum, 0.0) / torch.where(mass > 0, mass, 1.0)
+        enough = mass > 1e-30  # the slope of what is divided by less overflows
+        noisy = torch.where(enough, noisy_sum, 0.0) / torch.where(enough, mass, 1.0)
         terms = first + lam * noisy, first, noisy
     return NoiseAwareTerms(*(term.to(cosine.dtype) for term in terms))
 

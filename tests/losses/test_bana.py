@@ -80,6 +80,17 @@ def test_features_opposite_to_every_class_have_no_confidence_and_stay_finite(gam
     assert (terms.noisy == 0) == (gamma > 0)
 
 
+@pytest.mark.parametrize("above", [1e-7, 1e-6, 3e-6, 1e-5, 1e-4])
+def test_a_confidence_that_almost_vanishes_keeps_a_finite_gradient(above: float) -> None:
+    leaf = torch.tensor([0.5, -1 + above]).view(1, 2, 1, 1).requires_grad_()
+    fused, y_crf = torch.full((1, 1, 1), 255), torch.ones(1, 1, 1, dtype=torch.int64)
+    terms = noise_aware_loss(leaf, fused, y_crf)
+    (grad,) = torch.autograd.grad(terms.total, leaf)
+    assert grad.isfinite().all()
+    noisy = float(terms.noisy.detach())
+    assert noisy == 0 or noisy == pytest.approx(20 * (1.5 - above), rel=1e-3)
+
+
 @given(st.integers(0, 99), st.sampled_from([0.0, 0.5, 7.0]))
 def test_confidence_is_a_share_and_whole_where_the_prediction_agrees(seed: int, gamma: float) -> None:
     cosine, _, y_crf = case(seed)

@@ -146,6 +146,17 @@ def test_features_of_zeros_stay_finite() -> None:
     assert not labels.y_ret.any(), "background wins ties"
 
 
+@given(st.integers(0, 99))
+def test_likeness_stays_a_share_where_neighbouring_features_cancel(seed: int) -> None:
+    a = torch.randn(8, generator=torch.Generator().manual_seed(seed))
+    features = torch.stack([a, -0.7 * a, 0.3 * a, -a], 1)[:, None]
+    weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed + 1))
+    labels = box_pseudo_labels(features, weight, torch.tensor([[5, 0, 60, 9]]), torch.tensor([1]), (9, 101))
+    for share in (labels.attention, labels.correlation):
+        assert share.min() >= 0
+        assert share.max() <= 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     features, weight, boxes, classes = case(5, dtype=dtype)

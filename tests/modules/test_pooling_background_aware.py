@@ -124,6 +124,17 @@ def test_an_image_without_background_is_pooled_plainly_even_when_asked_for_atten
     assert forced.pooled.isfinite().all()
 
 
+@given(st.integers(0, 99))
+def test_pooled_boxes_stay_among_the_features_where_a_box_looks_like_the_background(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    direction, length = torch.rand(1, 16, 1, 1, generator=generator), torch.rand(1, 1, 8, 8, generator=generator)
+    features, boxes = direction * (0.5 + length), torch.tensor([[0, 40, 40, 100, 100]])
+    mask = background_mask_from_boxes(boxes, 1, (128, 128))
+    pooled = background_aware_pooling(features, boxes, mask).pooled
+    assert (pooled >= 0).all()
+    assert (pooled <= 1.0001 * features.amax((2, 3), keepdim=True)).all()
+
+
 def test_no_boxes_and_boxes_without_area_do_not_fail() -> None:
     features, _, mask = case()
     features.requires_grad_()

@@ -221,7 +221,7 @@ def box_pseudo_labels(
 
     prototypes, count = up.mean(y_crf == names[:, None, None])
     prototypes = torch.where(count[:, None] > 0, prototypes, weight[names].to(prototypes))
-    likeness = (up.project(unit(prototypes)) / length).relu()
+    likeness = (up.project(unit(prototypes)) / length).relu().clamp(max=1)  # rounding, where features cancel
     correlation = torch.where(allowed, likeness, 0.0)
     correlation[0] = torch.where(background, 1.0, correlation[0])
     y_ret = names[correlation.argmax(0)]
@@ -322,7 +322,7 @@ def _attention(up: UpsampledFeatures, length: Tensor, background: Tensor, grid: 
     """(H, W) mean likeness to the background of each cell of a grid over the image, 0 without background."""
     queries, count = up.mean(_grid_cells(background, grid))
     valid = count > 0
-    likeness = (up.project(unit(queries)[valid]) / length).relu()
+    likeness = (up.project(unit(queries)[valid]) / length).relu().clamp(max=1)  # rounding, where features cancel
     return likeness.sum(0) / valid.sum().clamp(min=1)
 
 

@@ -171,7 +171,8 @@ def background_attention(features: Tensor, prototypes: Tensor, valid: Tensor) ->
     with torch.autocast(features.device.type, enabled=False):
         x = F.normalize(features.to(dtype), dim=1, eps=1e-12)
         q = F.normalize(prototypes.to(dtype), dim=2, eps=1e-12)
-        similarity = torch.einsum("bqd,bdhw->bqhw", q, x).relu()
+        # rounding steps above 1: weights 1 - A of both signs would cancel where all is alike
+        similarity = torch.einsum("bqd,bdhw->bqhw", q, x).relu().clamp(max=1)
         weight = (valid > 0).to(dtype)
         weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
         return torch.einsum("bqhw,bq->bhw", similarity, weight).to(features.dtype)
