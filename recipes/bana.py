@@ -17,7 +17,9 @@ This is supervision by *bounding boxes*: compare it with systems that use them. 
 boxes from ground-truth masks where a data set has none; a result with it must say so. In the tables here "seed" is the
 class maps in the boxes (val images take their boxes too), "mask" the labels by retrieval, "mask+crf" those of the CRF.
 
-``paper`` follows the published stages but for the first one's schedule, which is the poly one of all recipes here. The
+``paper`` has the published form of the networks, crops, rates and lengths, but timm's weights of VGG-16, so that fc6
+and fc7 are new layers and learn as these do; in the first stage the poly schedule; biases that learn as weights; and
+the jitter of all recipes here. Views of an image are averaged as probabilities, as in all recipes, not as cosines. The
 released validation passes a corrupted image to the CRF; here it is the photograph.
 """
 
@@ -47,7 +49,7 @@ from recipes.pipeline.segmenter import CosineSegmenter
 from recipes.pipeline.training import Moment, RandomScale, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, scaled_size, view
 from recipes.settings.bana import PRESETS, BoxConfig, Config
-from wsss_losses import NoiseAwareTerms, noise_aware_loss
+from wsss_losses import NoiseAwareLoss, NoiseAwareTerms
 from wsss_modules import (
     BANA_CRF,
     BoxClassifier,
@@ -146,19 +148,21 @@ class TwoLabelCrops(Dataset):
         return {"image": image.as_subclass(Tensor), "mask": both.as_subclass(Tensor).long()}
 
 
+def criterion_of(config: Config, **options: bool) -> NoiseAwareLoss:
+    """The noise-aware loss of the segmentation network."""
+    return NoiseAwareLoss(temperature=config.temperature, gamma=config.gamma, lam=config.lam, **options)
+
+
 def train_segmentation(run: Run, config: Config) -> CosineSegmenter:
     """Cross-entropy where both labels agree, weighted by confidence where they do not."""
     settings = config.segment if run.config.max_steps is None else replace(config.segment, weights="random")
     model = CosineSegmenter(settings, 1 + len(run.dataset.classes), temperature=config.temperature)
     transform = crop_transform(RandomScale(*settings.scale), settings.crop, model.mean, model.std)
-    sync = run.fabric.world_size > 1
-    options = {"temperature": config.temperature, "gamma": config.gamma, "lam": config.lam, "sync": sync}
+    criterion = criterion_of(config, sync=run.fabric.world_size > 1)
 
     def loss_of(network: nn.Module, batch: dict[str, Tensor], at: Moment) -> NoiseAwareTerms:
         y_crf, y_ret = batch["mask"].unbind(1)
-        return noise_aware_loss(
-            network(batch["image"]) / config.temperature, fuse_labels(y_crf, y_ret), y_crf, **options
-        )
+        return criterion(network(batch["image"]) / config.temperature, fuse_labels(y_crf, y_ret), y_crf)
 
     groups = two_speed_groups(model, model.head_modules, settings.schedule)
     fit(run, "segment", model, TwoLabelCrops(run, transform), loss_of, groups, settings.schedule)
@@ -166,6 +170,7 @@ def train_segmentation(run: Run, config: Config) -> CosineSegmenter:
 
 
 def main(config: Config) -> dict:
+    criterion_of(config)  # tells a wrong option before anything is trained
     run = start("bana", config, takes=())
     boxes = boxes_for(run, config.boxes)
 

@@ -46,6 +46,7 @@ from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.views import image_tensor, view
 from recipes.settings.bbam import PRESETS, Config, ExplainConfig, MaskConfig
+from wsss_losses import SeedGrowingMaskLoss
 from wsss_modules import (
     BBAM_CRF,
     BoundingBoxAttributionMap,
@@ -61,6 +62,13 @@ from wsss_modules import (
 )
 
 __all__ = ["PRESETS", "Config", "main"]
+
+
+def explainer(
+    detector_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], config: ExplainConfig
+) -> BoundingBoxAttributionMap:
+    """The descent of the maps."""
+    return BoundingBoxAttributionMap(detector_fn, steps=config.steps, lr=config.lr, area=config.area, tv=config.tv)
 
 
 def explain_image(
@@ -85,9 +93,7 @@ def explain_image(
         )
         masks.append(init_attribution_mask(decoded[own][index, label], size, stride))  # zeros without a positive
         chosen.append(drawn[k][index])
-    explain = BoundingBoxAttributionMap(
-        detector.detections, steps=config.steps, lr=config.lr, area=config.area, tv=config.tv
-    )
+    explain = explainer(detector.detections, config)
     found: list[Tensor] = []
     for first in range(0, len(boxes), config.at_once):
         part = slice(first, first + config.at_once)
@@ -153,7 +159,20 @@ def read_objects(run: Run, name: str, count: int) -> list[Tensor]:
     return [torch.from_numpy(stored[f"object_{k}"]) for k in range(count)]
 
 
+def check_options(config: Config) -> None:
+    """Tell a wrong option of a later stage before the detector is trained."""
+    explain, masks = config.explain, config.masks
+    if min(explain.at_once, explain.proposals, explain.positives) < 1:
+        raise ValueError(f"explain: expected at least 1 of at_once, proposals and positives, got {explain}")
+    adaptive_mask_stride(0.0, (1, 1), smallest=explain.stride[0], growth=explain.stride[1])
+    explainer(lambda images, proposals: (images, proposals), explain)
+    for theta in (masks.strict, masks.loose):
+        BoxMaskRefiner(theta, blur=masks.blur)
+    SeedGrowingMaskLoss(threshold=config.mask_head.threshold)
+
+
 def main(config: Config) -> dict:
+    check_options(config)
     run = start("bbam", config, takes=())
     boxes = boxes_for(run, config.boxes)
 

@@ -52,7 +52,7 @@ def noise_aware_loss(
             :class:`wsss_modules.CosineClassifier`.
         y_fused: (B, H, W) integers, 0 background, 1..C-1, or ``ignore_index``; see :func:`wsss_modules.fuse_labels`.
         y_crf: (B, H, W) integers, the label to fall back on.
-        temperature: tau.
+        temperature: tau, above 0.
         gamma: exponent, at least 0; 0 makes the second term a plain mean.
         lam: lambda, weight of the second term, at least 0.
         detach_confidence: keep the gradient from the weights. As released they are trained too, through numerator,
@@ -88,7 +88,7 @@ def noise_aware_loss(
         >>> terms.trusted, terms.noisy
         (tensor(0.5544), tensor(0.8544))
     """
-    _check_options(gamma, lam)
+    _check_options(temperature, gamma, lam)
     check_ndim("cosine", cosine, 4, "(B, C, h, w)")
     check_floating("cosine", cosine)
     for name, mask in (("y_fused", y_fused), ("y_crf", y_crf)):
@@ -123,7 +123,7 @@ class NoiseAwareLoss(nn.Module):
     """Cross-entropy of trusted pixels, and by degrees of the others; see :func:`noise_aware_loss`.
 
     Args:
-        temperature: factor of the cosines.
+        temperature: factor of the cosines, above 0.
         gamma: exponent of the confidence, at least 0.
         lam: weight of the second term, at least 0.
         detach_confidence: keep the gradient from the weights.
@@ -151,7 +151,7 @@ class NoiseAwareLoss(nn.Module):
         sync: bool = False,
     ) -> None:
         super().__init__()
-        _check_options(gamma, lam)
+        _check_options(temperature, gamma, lam)
         self.temperature, self.gamma, self.lam = temperature, gamma, lam
         self.detach_confidence, self.ignore_index, self.sync = detach_confidence, ignore_index, sync
 
@@ -177,7 +177,9 @@ class NoiseAwareLoss(nn.Module):
         )
 
 
-def _check_options(gamma: float, lam: float) -> None:
+def _check_options(temperature: float, gamma: float, lam: float) -> None:
+    if temperature <= 0:
+        raise ValueError(f"temperature: expected above 0, got {temperature}")
     for name, value in (("gamma", gamma), ("lam", lam)):
         if value < 0:
             raise ValueError(f"{name}: expected at least 0, got {value}")

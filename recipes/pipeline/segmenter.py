@@ -169,7 +169,10 @@ class Segmenter(nn.Module):
 
 
 class CosineSegmenter(Segmenter):
-    """The network with cosines times a temperature in place of its last layer, as BANA has it."""
+    """The network with cosines times a temperature in place of its last layer, as BANA has it.
+
+    DeepLab-LargeFOV, BANA's form with VGG-16, has the CRF published with it; that of its ResNet-101 is DeepLab's.
+    """
 
     def __init__(self, config: SegmentConfig, num_classes: int, *, temperature: float) -> None:
         super().__init__(config, num_classes)
@@ -179,6 +182,8 @@ class CosineSegmenter(Segmenter):
             self.net.segmentation_head = CosineClassifier(channels, num_classes)
             self.head_modules = [self.net.decoder, self.net.segmentation_head]
         else:
+            if config.architecture == "largefov":
+                self.crf_settings = replace(DEEPLAB_CRF, gaussian_sxy=3.0, bilateral_sxy=121.0, bilateral_srgb=5.0)
             rate = DEEPLAB_RATES[config.architecture][0]
             head = CosineHead(self.encoder.out_channels, num_classes, rate)
             self.net, self.head_modules = nn.Sequential(self.encoder, head), [head]

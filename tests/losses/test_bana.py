@@ -185,6 +185,7 @@ COSINE, FUSED, Y_CRF = case()
         (lambda: label_confidence(COSINE, Y_CRF, gamma=-1), ValueError, r"gamma: expected at least 0, got -1"),
         (lambda: NoiseAwareLoss(gamma=-1), ValueError, r"gamma: expected at least 0, got -1"),
         (lambda: NoiseAwareLoss(lam=-0.1), ValueError, r"lam: expected at least 0, got -0.1"),
+        (lambda: NoiseAwareLoss(temperature=0), ValueError, r"temperature: expected above 0, got 0"),
         (
             lambda: cosine_logits(COSINE, COSINE[0, :, 0]),
             ValueError,

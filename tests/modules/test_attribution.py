@@ -469,6 +469,11 @@ EXPLAIN = BoundingBoxAttributionMap(Detector(), steps=1)
         (lambda: box_seed_probability(seed_map(), BOX, SIZE, 1.5), ValueError, r"theta: expected a number in \[0, 1\]"),
         (lambda: box_seed_probability(seed_map().long(), BOX, SIZE, 0.5), TypeError, r"mask: expected a floating"),
         (lambda: refine_box_mask(None, BOX, SIZE, 0.2, fallbacks=()), ValueError, r"fallbacks: expected at least one"),
+        (lambda: refine_box_mask(None, BOX, SIZE, -0.1), ValueError, r"theta: expected a number in \[0, 1\], got -0.1"),
+        (lambda: BoxMaskRefiner(85), ValueError, r"theta: expected a number in \[0, 1\], got 85"),
+        (lambda: BoxMaskRefiner(0.85, retries=()), ValueError, r"retries: expected at least one degree, got none"),
+        (lambda: BoundingBoxAttributionMap(Detector(), tv_beta=0), ValueError, r"tv_beta: expected above 0, got 0"),
+        (lambda: BoundingBoxAttributionMap(Detector(), box_weight=-1), ValueError, r"box_weight: expected at least 0"),
         (
             lambda: instances_to_semantic(MASKS[0], MASKS[1], CLASSES[:1], BOX[None]),
             ValueError,

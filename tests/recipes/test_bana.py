@@ -33,6 +33,17 @@ def test_the_segmentation_network_ends_in_cosines(architecture: str) -> None:
     assert logits.std() > 0
     names = {id(p) for head in model.head_modules for p in head.parameters()}
     assert all(p.requires_grad for p in model.parameters() if id(p) in names)
+    crf = model.crf_settings
+    deviations = crf.bilateral_sxy, crf.bilateral_srgb, crf.gaussian_sxy
+    assert deviations == ((121, 5, 3) if architecture == "largefov" else (67, 3, 1)), "of VGG-16 and of ResNet-101"
+    assert (crf.bilateral_weight, crf.gaussian_weight) == (4, 3)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"gamma": -1.0}, {"lam": -0.1}])
+def test_a_wrong_option_of_the_last_stage_is_told_before_the_first(wrong: dict[str, float], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^{next(iter(wrong))}: expected"):
+        bana.main(replace(TINY, out=tmp_path / "run", accelerator="cpu", **wrong))
+    assert not (tmp_path / "run").exists()
 
 
 def test_both_labels_are_cut_alike(run: Run) -> None:

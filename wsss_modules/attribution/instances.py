@@ -84,8 +84,7 @@ def box_seed_probability(
     check_ndim("mask", mask, 2, "(h, w) or (1, h, w)")
     check_floating("mask", mask)
     check_shape("box", box, (4,), "x1, y1, x2, y2")
-    if not 0 <= theta <= 1:
-        raise ValueError(f"theta: expected a number in [0, 1], got {theta}")
+    _check_theta(theta)
     inside = boxes_to_masks(box[None], size, rounding="truncate")[0].to(mask.device)
     x = _normalized(mask.double(), stretch)
     x = F.interpolate(x[None, None], size, mode="bilinear", align_corners=False)[0, 0]
@@ -174,9 +173,8 @@ def refine_box_mask(
         >>> int(found.mask.sum()), found.crf_calls
         (16, 1)
     """
-    for name, degrees in (("retries", retries), ("fallbacks", fallbacks)):
-        if len(degrees) == 0:
-            raise ValueError(f"{name}: expected at least one degree, got none")
+    _check_theta(theta)
+    _check_degrees(retries, fallbacks)
     inside = boxes_to_masks(box[None], size, rounding="truncate")[0]
     calls = 0
 
@@ -240,6 +238,8 @@ class BoxMaskRefiner(nn.Module):
         stretch: bool = False,
     ) -> None:
         super().__init__()
+        _check_theta(theta)
+        _check_degrees(retries, fallbacks)
         self.theta, self.crf, self.keep = theta, crf, keep
         self.retries, self.fallbacks, self.blur, self.stretch = tuple(retries), tuple(fallbacks), blur, stretch
 
@@ -456,6 +456,17 @@ def match_segment_proposals(
     chosen = stays & found.in_mask
     chosen[torch.where(fits, found.iou, -1.0).argmax()] = True
     return members[chosen].any(0)[superpixels.long()] & in_box
+
+
+def _check_theta(theta: float) -> None:
+    if not 0 <= theta <= 1:
+        raise ValueError(f"theta: expected a number in [0, 1], got {theta}")
+
+
+def _check_degrees(retries: Sequence[float], fallbacks: Sequence[float]) -> None:
+    for name, degrees in (("retries", retries), ("fallbacks", fallbacks)):
+        if len(degrees) == 0:
+            raise ValueError(f"{name}: expected at least one degree, got none")
 
 
 def _normalized(x: Tensor, stretch: bool) -> Tensor:

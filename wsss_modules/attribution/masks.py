@@ -221,6 +221,9 @@ class BoundingBoxAttributionMap(nn.Module):
         background: What hidden pixels show; see `perturb_image`.
         tolerance: Stop when no cell of any object changes by this much in a step; 0 takes all steps.
 
+    Raises:
+        ValueError: an option is out of range.
+
     Paper:
         Lee, Yi, Shin and Yoon, BBAM: Bounding Box Attribution Map for Weakly Supervised Semantic and Instance
         Segmentation, CVPR 2021, arXiv:2103.08907.
@@ -262,7 +265,11 @@ class BoundingBoxAttributionMap(nn.Module):
         tolerance: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in (("steps", steps), ("lr", lr), ("area", area), ("tv", tv), ("tolerance", tolerance)):
+        if tv_beta <= 0:
+            raise ValueError(f"tv_beta: expected above 0, got {tv_beta}")
+        options = {"steps": steps, "lr": lr, "area": area, "tv": tv, "tolerance": tolerance}
+        weights = {"classification_weight": classification_weight, "box_weight": box_weight}
+        for name, value in (options | weights).items():
             if value < 0:
                 raise ValueError(f"{name}: expected at least 0, got {value}")
         self.detector_fn = detector_fn
