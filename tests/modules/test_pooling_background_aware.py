@@ -156,6 +156,14 @@ def test_aligned_corners_read_the_features_where_the_box_lies() -> None:
     assert released.pooled.item() < 4, "zeros from outside blend in"
 
 
+def test_with_aligned_corners_no_zeros_blend_in_at_the_border() -> None:
+    features, boxes = torch.ones(1, 1, 9, 9), torch.tensor([[0, 0, 0, 33, 33], [0, 20, 20, 33, 33]])
+    mask = torch.zeros(1, 1, 33, 33)
+    aligned = background_aware_pooling(features, boxes, mask, align_corners=True).pooled
+    torch.testing.assert_close(aligned, torch.ones(2, 1, 2, 2))
+    assert (background_aware_pooling(features, boxes, mask).pooled.amin((1, 2, 3)) < 0.99).all()
+
+
 def test_gradients_reach_features_through_queries_too() -> None:
     features, boxes, mask = case()
 

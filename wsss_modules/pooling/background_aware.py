@@ -265,9 +265,9 @@ def background_aware_pooling(
         grid: g x g background queries.
         min_background: An image whose share of background is not above this is pooled plainly.
         use_background: (B,) in place of that rule: which images are pooled with attention.
-        align_corners: Read the features where the boxes lie. The released code takes coordinates made for aligned
-            corners (see `normalize_boxes`) for those of the other convention, up to half a cell off, so that zeros
-            from outside the map blend in at its border; that is False.
+        align_corners: Read the features where the boxes lie, and those of the border beyond the map. The released code
+            takes coordinates made for aligned corners (see `normalize_boxes`) for those of the other convention, up to
+            half a cell off, so that zeros from outside the map blend in at its border; that is False.
         eps: See `weighted_roi_avg_pool`.
 
     Returns:
@@ -317,8 +317,9 @@ def background_aware_pooling(
         if own:
             points = torch.cat([grids[box] for box in own])
             outside[image, 0, : len(points)] = points.to(features.device)
+    beyond = "border" if align_corners else "zeros"  # the end of a half-open box is a pixel beyond its last centre
     x = F.grid_sample(
-        features.to(dtype), outside, mode="bilinear", padding_mode="zeros", align_corners=align_corners
+        features.to(dtype), outside, mode="bilinear", padding_mode=beyond, align_corners=align_corners
     )  # (B, D, 1, P)
     attention = background_attention(x, queries.prototypes.to(dtype), queries.cells)  # (B, 1, P)
     weight = torch.where(use[:, None], 1 - attention[:, 0], 1.0)  # (B, P)
@@ -412,8 +413,9 @@ class BoxClassifierOutput(NamedTuple):
 class BoxClassifier(nn.Module):
     """Classify the windows of boxes by the class of the box, and background queries as background (BANA, stage 1).
 
-    The objective is the plain mean cross-entropy of all rows: ``F.cross_entropy(out.logits, out.target)``. Weighted
-    class maps come from the rows of ``classifier.weight``, see `box_pseudo_labels`.
+    The objective is the plain mean cross-entropy of all rows: ``F.cross_entropy(out.logits, out.target)``, which is not
+    a number where a batch has neither a box nor background, so that there are no rows. Weighted class maps come from
+    the rows of ``classifier.weight``, see `box_pseudo_labels`.
 
     Args:
         in_channels: D, channels of the features.
