@@ -44,6 +44,8 @@ from wsss_modules import (
     EdgeDisplacement,
     IRNHead,
     IRNOutput,
+    RandomWalk,
+    affinity_offsets,
     cam_to_mask,
     cluster_centroids,
     confident_label_from_cam,
@@ -196,7 +198,20 @@ def write_instances(run: Run, model: IRNet, walk: WalkConfig, zoom: float) -> No
     run.for_each(run.train, lambda name: run.path("instances", f"{name}.npz"), work)
 
 
+def check(relation: RelationConfig, walk: WalkConfig) -> None:
+    """Refuse what would only stop the run after the training of the classifier."""
+    if relation.background > relation.foreground:
+        raise ValueError(
+            f"relation.background: expected at most relation.foreground = {relation.foreground}, "
+            f"got {relation.background}"
+        )
+    affinity_offsets(relation.radius)
+    affinity_offsets(walk.radius)
+    RandomWalk(walk.beta, walk.steps, walk.method)
+
+
 def main(config: Config) -> dict:
+    check(config.relation, config.walk)
     run = start("irn", config)
 
     with run.stage("classify", "Classifier from tags"):

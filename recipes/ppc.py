@@ -11,15 +11,16 @@ to the training of another system, on whose maps it stands: SEAM (image tags) or
     python -m recipes run ppc                                       # on SEAM, built-in demo data, two CPU cores
     python -m recipes run ppc --variant eps                         # on EPS, with the saliency of the demo data
     python -m recipes run ppc --preset paper --data voc:PATH --ppc.weights FILE --affinity.weights FILE
-    python -m recipes run ppc --preset paper --data voc:PATH --variant eps --ppc.schedule.epochs 15 --ppc.dropout 0 ...
+    python -m recipes run ppc --preset paper --data voc:PATH --ppc.weights FILE --variant eps --saliency DIR ...
 
 On SEAM the maps are the refined ones and PSA's random walk makes the masks; on EPS they are the softmax over classes
 and background, whose masks need but a CRF. Published for VOC 2012 train: maps of 61.5 mIoU on SEAM, 69.2 after the
-walk; maps of 70.5 on EPS, which is to be compared with systems that use saliency.
+walk; maps of 70.5 on EPS, which is to be compared with systems that use saliency, and whose published training is that
+of ``paper`` with ``--contrast.no-full-size --ppc.dropout 0 --ppc.schedule.epochs 15``.
 
 Unlike the released code, the EPS-based variant knows which channel is the background everywhere and takes one step on a
-batch, and the walk starts from PSA's background score, not from a constant 0.27. As there, weight decay takes the place
-of SGD's momentum in ``paper``.
+batch, not two. As there, weight decay takes the place of SGD's momentum in ``paper``, and a constant background score
+of 0.27 walks, 64 steps.
 """
 
 from __future__ import annotations
@@ -140,7 +141,16 @@ def reduce_to(maps: Tensor, size: int) -> Tensor:
     return F.interpolate(maps, (size, size), mode="bilinear", align_corners=True)
 
 
+def check(config: Config) -> None:
+    """Refuse what would go unread, or only stop the run after the training of the network."""
+    if config.variant == "seam":
+        if config.saliency is not None:
+            raise ValueError(f"saliency: only --variant eps reads it, got {config.saliency} with --variant seam")
+        rw.check(config.affinity, config.walk, config.ppc.backbone)
+
+
 def main(config: Config) -> dict:
+    check(config)
     run = start("ppc", config, takes=())
     saliency = saliency_source(run, config.saliency) if config.variant == "eps" else None
     threshold = BASES[config.variant].threshold if config.threshold is None else config.threshold

@@ -15,6 +15,8 @@ image-specific map. Both maps are trained to agree. The second one has a backgro
 Published with ResNet-50 on VOC 2012 train: seeds 58.9 mIoU (README of the released code). For COCO the released code
 leaves IRN out and trains on the confident areas. As in IRN, weight decay takes the place of momentum in the released
 optimiser. Its scripts read 1,464 images where IRN's need all 10,582 of train_aug; here every stage reads the same list.
+Maps of several scales are joined as all recipes here do it, at a multiple of 16 pixels that is then cut to the image,
+and once more at a fourth of that for the walk; the released code brings them to the image and reduces the sum.
 """
 
 from __future__ import annotations
@@ -169,6 +171,9 @@ def refine(run: Run, config: Config) -> None:
 
 
 def main(config: Config) -> dict:
+    if not 0 <= config.bg_doubt <= 1:
+        raise ValueError(f"bg_doubt: expected a number in [0, 1], got {config.bg_doubt}")
+    irn.check(config.relation, config.walk)
     run = start("sipe", config, takes=())
 
     with run.stage("sipe", "Classifier and image-specific prototypes"):

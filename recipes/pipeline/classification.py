@@ -83,7 +83,7 @@ def classifier_before(run: Run, network: BackboneConfig, config: ClassifyConfig)
     """The plain classifier that ``network`` goes on from, a stage of its own; None if it has other weights."""
     if network.weights != "classifier":
         return None
-    _check_backbones(network.backbone, config.backbone)
+    check_backbones(network.backbone, config.backbone)
     with run.stage("classify", "Plain classifier to start from"):
         return train_classifier(run, config)
 
@@ -115,7 +115,7 @@ def make_trunk(run: Run, config: BackboneConfig, output_stride: int, classifier:
     """
     starts_as_classifier = config.weights == "classifier" and classifier is not None
     if starts_as_classifier:
-        _check_backbones(config.backbone, classifier.name)
+        check_backbones(config.backbone, classifier.name)
     weights = "random" if starts_as_classifier or run.config.max_steps is not None else config.weights
     trunk = build_trunk(config.backbone, weights, output_stride)
     if starts_as_classifier:
@@ -124,7 +124,8 @@ def make_trunk(run: Run, config: BackboneConfig, output_stride: int, classifier:
     return trunk
 
 
-def _check_backbones(wanted: str, of_classifier: str) -> None:
+def check_backbones(wanted: str, of_classifier: str) -> None:
+    """Refuse to start a network on the weights of a classifier with another backbone."""
     if wanted != of_classifier:
         raise ValueError(f"weights: expected those of {wanted}, got a classifier with {of_classifier}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from recipes.pipeline.cams import CamConfig
 from recipes.pipeline.classification import ClassifyConfig
@@ -48,7 +49,7 @@ class WalkConfig:
     """Exponent that sharpens the affinities."""
     steps: int = 256
     """Number of steps."""
-    method: str = "chebyshev"
+    method: Literal["power", "chebyshev"] = "chebyshev"
     """power, or chebyshev, which gives the same result to 1e-6 with a third of the products."""
     cam_power: float = 1.0
     """Exponent of the CAMs before the walk."""

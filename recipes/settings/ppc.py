@@ -97,7 +97,7 @@ PRESETS = {
             rw.PRESETS["paper"].affinity,
             schedule=replace(rw.PRESETS["paper"].affinity.schedule, lr=0.01, head_lr=0.1),
         ),
-        walk=rw.PRESETS["paper"].walk,
+        walk=replace(rw.PRESETS["paper"].walk, background=0.27, steps=64),
         segment=SEGMENT["paper"],
     ),
     "tiny": Config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from recipes.pipeline.cams import CamConfig
 from recipes.pipeline.classification import ClassifyConfig
@@ -24,7 +25,7 @@ class AffinityConfig:
     """Stem and stages that keep their weights."""
     radius: int = 5
     """Reach of the affinities in cells."""
-    border: str = "full"
+    border: Literal["full", "released"] = "full"
     """full: all pairs; released: the crop of the released code, which leaves some pixels without any pair."""
     low_alpha: float = 4.0
     """Exponent of the strong background: what is foreground even so is trusted."""
@@ -48,7 +49,7 @@ class WalkConfig:
     """Exponent that sharpens the affinities."""
     steps: int = 256
     """Number of steps."""
-    method: str = "chebyshev"
+    method: Literal["power", "chebyshev"] = "chebyshev"
     """power, or chebyshev, which gives the same result to 1e-6 with a third of the products."""
 
 
@@ -100,6 +101,7 @@ PRESETS = {
             backbone="resnet38",
             frozen_stages=2,
             border="released",
+            high_alpha=32.0,
             crop=448,
             schedule=Schedule(epochs=8, batch_size=8, lr=0.1, head_lr=1.0, weight_decay=5e-4, momentum=5e-4),
         ),

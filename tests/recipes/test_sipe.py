@@ -1,8 +1,10 @@
 """SIPE's maps have a background of their own, which the files other recipes share have no channel for."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from recipes import sipe
@@ -26,3 +28,12 @@ def test_maps_are_written_with_and_without_the_background(tmp_path: Path) -> Non
     with np.load(run.path("cam", f"{name}.npz")) as stored:
         assert stored["cam"].shape == (len(keys), *scores.shape[2:])
         assert stored["keys"].tolist() == keys.tolist()
+
+
+def test_a_wrong_option_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    config = replace(sipe.PRESETS["tiny"], out=tmp_path / "run", accelerator="cpu")
+    with pytest.raises(ValueError, match=r"bg_doubt: expected a number in \[0, 1\], got 1.5"):
+        sipe.main(replace(config, bg_doubt=1.5))
+    with pytest.raises(ValueError, match=r"n_steps: expected an integer >= 0, got -1"):
+        sipe.main(replace(config, walk=replace(config.walk, steps=-1)))
+    assert not (tmp_path / "run").exists()
