@@ -167,6 +167,12 @@ def test_messages_name_argument_expected_and_given() -> None:
         AffinityHead((8, 8))
     with pytest.raises(ValueError, match=r"norm: expected 'gn' or None, got 'bn'"):
         AffinityHead((8, 8, 8), norm="bn")
+    with pytest.raises(ValueError, match=r"distance: expected 'mean' or 'sum', got 'max'"):
+        AffinityHead((8, 8, 8), distance="max")
+    with pytest.raises(ValueError, match=r"border: expected 'released' or 'full', got 'half'"):
+        AffinityHead((8, 8, 8), border="half")
+    with pytest.raises(ValueError, match=r"radius: expected an integer of at least 2, got 1"):
+        AffinityHead((8, 8, 8), radius=1)
 
 
 # labels

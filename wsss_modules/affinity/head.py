@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wsss_modules._checks import check_floating, check_ndim
 from wsss_modules.affinity.local import LocalAffinity
-from wsss_modules.affinity.offsets import Border, affinity_offsets, check_crop, inside, source_box
+from wsss_modules.affinity.offsets import Border, affinity_offsets, check_crop, inside, is_full, source_box
 
 
 def feature_affinity(
@@ -63,8 +63,7 @@ def feature_affinity(
     """
     check_ndim("features", features, 4, "(B, C, H, W)")
     check_floating("features", features)
-    if distance not in ("mean", "sum"):
-        raise ValueError(f"distance: expected 'mean' or 'sum', got {distance!r}")
+    _check_distance(distance)
     size = (features.shape[2], features.shape[3])
     check_crop(size, radius, border)
     compute_dtype = torch.promote_types(features.dtype, torch.float32)
@@ -91,6 +90,9 @@ class AffinityHead(nn.Module):
         radius: radius in pixels of the map.
         distance: ``"mean"`` over channels (released) or ``"sum"`` (paper).
         border: pairs of ``forward``: ``"released"`` crop or ``"full"`` coverage.
+
+    Raises:
+        ValueError: not three numbers each, or an unusable ``radius`` or unknown option.
 
     Paper:
         Ahn and Kwak, CVPR 2018, arXiv:1803.10464, section 3.2.
@@ -126,6 +128,9 @@ class AffinityHead(nn.Module):
             raise ValueError(f"in_channels, widths, groups: expected three numbers each, got {counts}")
         if norm not in (None, "gn"):
             raise ValueError(f"norm: expected 'gn' or None, got {norm!r}")
+        _check_distance(distance)
+        is_full(border)
+        affinity_offsets(radius)  # what is unusable is refused here, not in the first forward
         self.radius, self.distance, self.border = radius, distance, border
         reduce = [
             nn.Conv2d(channels, width, 1, bias=False) for channels, width in zip(in_channels, widths, strict=True)
@@ -225,6 +230,11 @@ def pair_l1_distance_backward(grad: Tensor, features: Tensor, radius: int, full:
 @pair_l1_distance_backward.register_fake
 def _(grad: Tensor, features: Tensor, radius: int, full: bool) -> Tensor:
     return torch.empty_like(features)
+
+
+def _check_distance(distance: str) -> None:
+    if distance not in ("mean", "sum"):
+        raise ValueError(f"distance: expected 'mean' or 'sum', got {distance!r}")
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
