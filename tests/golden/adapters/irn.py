@@ -57,8 +57,9 @@ def edge_displacement_tta(case: Case) -> dict[str, Tensor]:
         assert list(pair.shape) == case.call["padded"]
         return case.inputs["in.edge_logits"], case.inputs["in.displacement"]
 
-    image = torch.zeros(1, 3, *case.inputs["in.size"].tolist())
     call = case.call
+    # the released padding cuts what is larger
+    image = torch.zeros(1, 3, *case.inputs["in.size"].clamp(max=call["crop_size"]).tolist())
     out = modules.edge_displacement_inference(image, net, multiple=1, min_size=call["crop_size"], stride=call["stride"])
     return {"out.edge": out.edge[0], "out.displacement": out.displacement[0]}
 
