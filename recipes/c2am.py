@@ -19,7 +19,9 @@ weights of ImageNet's labels, so that the maps are learnt without labels of thes
 
 Unlike the released training, batch norms keep the statistics of the pretraining (but for the one on the map), batches
 are always full, and the side of the foreground is told from all batches of the last epoch instead of one of the first.
-The released inversion of a map that fires on the background moves its threshold; only ``paper`` does the same.
+The released inversion of a map that fires on the background moves its threshold; only ``paper`` does the same. Masks go
+to the segmentation as they are, where the paper first hands them to the affinity network of the method whose CAMs they
+are from, and another network takes PoolNet's place.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from torchvision.transforms import v2
 
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import read_cam, write_cams
-from recipes.pipeline.classification import make_trunk, train_classifier
+from recipes.pipeline.classification import check_backbones, make_trunk, train_classifier
 from recipes.pipeline.files import load_tensors
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Classifier, Trunk
@@ -85,16 +87,24 @@ class DisentanglingNet(nn.Module):
         return out
 
 
+def objective(config: ContrastConfig, sync: bool = False) -> C2AMLoss:
+    return C2AMLoss(alpha=config.alpha, normalize=config.normalize, pull_weight=config.pull_weight, sync=sync)
+
+
+def check(config: Config) -> None:
+    """Refuse what the contrast or the merging of its maps would stumble over, after the classifier's training."""
+    if config.contrast.weights == "classifier":
+        check_backbones(config.contrast.backbone, config.classify.backbone)
+    objective(config.contrast)
+    BorderPolarity(border=config.contrast.border)
+    merge_class_agnostic_maps([torch.zeros(1, 1, 1, 1)], (1, 1), inverted=False, invert=config.cue.invert)
+
+
 def train_contrast(run: Run, classifier: Classifier, config: ContrastConfig) -> DisentanglingNet:
     """Foregrounds together, backgrounds together, the two apart; without labels."""
     trunk = make_trunk(run, config, config.output_stride, classifier.trunk)
     model = DisentanglingNet(trunk, config.border)
-    loss = C2AMLoss(
-        alpha=config.alpha,
-        normalize=config.normalize,
-        pull_weight=config.pull_weight,
-        sync=run.fabric.world_size > 1,
-    )
+    loss = objective(config, sync=run.fabric.world_size > 1)
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> NamedTuple:
         regions = model(batch["image"], watch=at.epoch == at.epochs - 1)
@@ -158,6 +168,7 @@ def refined_mask(run: Run, name: str) -> Tensor:
 
 
 def main(config: Config) -> dict:
+    check(config)
     run = start("c2am", config)
 
     with run.stage("classify", "Classifier from tags"):

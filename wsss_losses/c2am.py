@@ -151,7 +151,8 @@ def sim_max_loss(
     Differences:
         The released code ranks by sorting the indices of a sort and multiplies an N x N matrix of weights; here the
         sorted similarities meet the weights directly, which is the same. It builds the weights in float32 for float64
-        features, too, and gives nan for an empty batch.
+        features, too, gives nan for an empty batch, and leaves out no rank (``min_weight=0``). It divides by N² with
+        the rows themselves in the sum; ``"pairs"`` is the mean over pairs of different images.
 
     Notes:
         *What the rank weights ignore.* A pair of low similarity has a low rank and so no say, even if both show the

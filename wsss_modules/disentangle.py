@@ -203,8 +203,7 @@ def activation_polarity(probability: Tensor, *, border: int = 4) -> Polarity:
     check_floating("probability", probability)
     if probability.numel() == 0:
         raise ValueError(f"probability: expected at least one map with a cell, got shape {tuple(probability.shape)}")
-    if border < 1:
-        raise ValueError(f"border: expected at least 1, got {border}")
+    _check_border(border)
     p = at_least_float32(probability)
     sides = (p[..., :border, :], p[..., -border:, :], p[..., :border], p[..., -border:])
     mean = torch.stack([side.mean() for side in sides]).mean()
@@ -218,6 +217,9 @@ class BorderPolarity(nn.Module):
 
     Args:
         border: Width in cells.
+
+    Raises:
+        ValueError: a ``border`` below 1.
 
     Notes:
         In a distributed run each process counts the images it is shown; ``DistributedDataParallel`` and a checkpoint
@@ -238,6 +240,7 @@ class BorderPolarity(nn.Module):
 
     def __init__(self, *, border: int = 4) -> None:
         super().__init__()
+        _check_border(border)
         self.border = border
         self.register_buffer("border_mean", torch.tensor(0.5))
         self.register_buffer("images", torch.tensor(0))
@@ -456,6 +459,11 @@ def pairwise_cosine_similarity(
             units = (F.normalize(rows.to(dtype), dim=1, eps=_LEAST_NORM) for rows in (a, b))
             similarity = next(units) @ next(units).mT
     return similarity if clamp is None else similarity.clamp(*clamp)
+
+
+def _check_border(border: int) -> None:
+    if border < 1:
+        raise ValueError(f"border: expected at least 1, got {border}")
 
 
 class _SelfSimilarity(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from tests.losses import reference_c2am as reference
 from wsss_losses import C2AMLoss, SimMaxLoss, SimMinLoss, c2am_loss, sim_max_loss, sim_min_loss
-from wsss_modules import Disentangler
+from wsss_modules import Disentangler, pool_two_regions
 
 rows = st.integers(1, 24)
 seeds = st.integers(0, 99)
@@ -224,6 +224,16 @@ def test_image_without_features_is_as_far_as_can_be_and_learns_nothing() -> None
     assert grads.isfinite().all()
     assert not grads[2].any()
     assert bool(grads[[0, 1, 3, 4]].any(1).all())
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_map_that_has_all_or_nothing_leaves_a_finite_objective(value: float) -> None:
+    features = random_rows(4 * 9).view(4, 9, 12).mT.reshape(4, 12, 3, 3).requires_grad_()
+    terms = c2am_loss(*pool_two_regions(features, torch.full((4, 1, 3, 3), value, dtype=torch.float64)))
+    assert all(term.isfinite() for term in terms)
+    (grad,) = torch.autograd.grad(terms.total, features)
+    assert grad.isfinite().all()
+    assert grad.any(), "of the region that has the features"
 
 
 def test_duplicates_share_a_finite_gradient() -> None:

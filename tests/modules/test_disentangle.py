@@ -314,6 +314,7 @@ X, P = torch.rand(2, 3, 4, 5), torch.rand(2, 1, 4, 5)
         (lambda: activation_polarity(P.bool()), TypeError, r"probability: expected a floating-point tensor"),
         (lambda: activation_polarity(P[:0]), ValueError, r"probability: expected at least one map with a cell"),
         (lambda: activation_polarity(P, border=0), ValueError, r"border: expected at least 1, got 0"),
+        (lambda: BorderPolarity(border=0), ValueError, r"border: expected at least 1, got 0"),
         (lambda: merge_class_agnostic_maps([], (8, 8), inverted=True), ValueError, r"logits: expected at least one"),
         (
             lambda: merge_class_agnostic_maps([P, P[:1]], (8, 8), inverted=True),

@@ -1,4 +1,7 @@
-"""C2AM: scalars stored with shape (1,), maps without a batch axis, 8-bit saliency, keys with the background first."""
+"""C2AM: scalars stored with shape (1,), maps without a batch axis, 8-bit saliency, keys with the background first.
+
+The released pull leaves out no rank, however little it weighs.
+"""
 
 import torch
 from torch import Tensor
@@ -19,7 +22,8 @@ def sim_min(case: Case) -> dict[str, Tensor]:
 def sim_max(case: Case) -> dict[str, Tensor]:
     features, alpha = case.leaf("in.embedding"), case.call["alpha"]
     loss, total = (
-        losses.sim_max_loss(features, alpha=alpha, reduction=reduction) for reduction in (case.call["reduction"], "sum")
+        losses.sim_max_loss(features, alpha=alpha, reduction=reduction, min_weight=0)
+        for reduction in (case.call["reduction"], "sum")
     )
     return {"out.loss": loss[None], "out.loss_sum": total[None], **case.grads(loss)}
 
@@ -43,7 +47,7 @@ def disentangler(case: Case) -> dict[str, Tensor]:
 def c2am_objective(case: Case) -> dict[str, Tensor]:
     head = case.load(modules.Disentangler(case.call["cin"])).train()
     out = head(case.leaf("in.x"))
-    terms = losses.c2am_loss(out.fg, out.bg, alpha=case.call["alpha"])
+    terms = losses.c2am_loss(out.fg, out.bg, alpha=case.call["alpha"], min_weight=0)
     named = {"loss": terms.total, "loss_fg_fg": terms.pull_fg, "loss_bg_fg": terms.push, "loss_bg_bg": terms.pull_bg}
     return {**{f"out.{name}": value[None] for name, value in named.items()}, **case.grads(terms.total)}
 
