@@ -24,6 +24,7 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from recipes import irn
@@ -37,7 +38,7 @@ from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, fit, two_speed_groups
 from recipes.settings.recam import PRESETS, Config, ReactivationConfig
-from wsss_losses import recam_loss
+from wsss_losses import ReCAMLoss
 from wsss_modules import ReCAMHead, ReCAMOutput
 
 __all__ = ["PRESETS", "Config", "main"]
@@ -69,14 +70,22 @@ class Reactivated(nn.Module):
         return Maps(self.head.reactivated_cam(self.trunk(images).final, mode=mode, clamp_negative=clamp))
 
 
+def check(config: ReactivationConfig) -> None:
+    """Refuse what the fine-tuning or the maps after it would stumble over, when the classifier has been trained."""
+    ReCAMLoss(sce_weight=config.sce_weight)
+    head = ReCAMHead(1, 1, pool=config.pool)
+    head.reactivated_cam(torch.zeros(1, 1, 1, 1), mode=config.readout, clamp_negative=config.clamp_negative)
+
+
 def reactivate(run: Run, classifier: Classifier, classify: ClassifyConfig, config: ReactivationConfig) -> ReCAMNet:
     """Train both classifiers and the backbone on what each class is seen in: CAMs come anew from every batch."""
     model = ReCAMNet(classifier, config)
 
+    loss = ReCAMLoss(sce_weight=config.sce_weight)
+
     def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> NamedTuple:
         out = model(batch["image"])
-        labels, weight = batch["labels"], config.sce_weight
-        return recam_loss(out.logits, out.class_features, labels, out.recam_weight, sce_weight=weight)
+        return loss(out.logits, out.class_features, batch["labels"], out.recam_weight)
 
     groups = two_speed_groups(model, [model.head.recam_classifier], config.schedule)
     fit(run, "recam", model, tagged_crops(run, classify, model.trunk), loss_of, groups, config.schedule)
@@ -84,6 +93,7 @@ def reactivate(run: Run, classifier: Classifier, classify: ClassifyConfig, confi
 
 
 def main(config: Config) -> dict:
+    check(config.recam)
     run = start("recam", config, takes=("classify",))
 
     with run.stage("classify", "Classifier from tags"):
