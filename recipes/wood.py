@@ -20,13 +20,14 @@ classifier).
     python -m recipes run wood --data voc:PATH --rank FOLDER --out runs/candidates
     python -m recipes run wood --data voc:PATH --outside FOLDER --outside-list runs/candidates/outside.txt
 
-The maps are plain CAMs; the paper's best ones are AdvCAM's. The released code keeps the checkpoint whose CAMs agree
-best with the pixel labels of the training images; here the last one counts.
+The maps are plain CAMs, in ``paper`` with the thresholds of AdvCAM's, which are the paper's best. The released code
+keeps the checkpoint whose CAMs agree best with the pixel labels of the training images; here the last one counts.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,26 +93,41 @@ def fit_centres(
     bank.fit(features, torch.from_numpy(run.dataset.all_labels(run.train)), ood_features)
 
 
+def objective(config: WoodConfig, classes: Sequence[str], sync: bool = False) -> WOoDLoss:
+    return WOoDLoss(
+        distance_weight=config.distance_weight,
+        ood_weight=config.ood_weight,
+        topk=config.topk,
+        selection=config.selection,
+        ignore_top=[k for k, name in enumerate(classes) if name in config.ignore_top],
+        sync=sync,
+    )
+
+
+def check(config: WoodConfig) -> None:
+    """Refuse what centres, climb or loss would stumble over, when the classifier has been trained."""
+    objective(config, ())
+    FeatureCentreBank(1, config.clusters, 1)
+    gradient_climb(lambda images: images.mean((2, 3)), torch.zeros(1, 3, 1, 1), config.step)
+    if config.refresh_every is not None and config.refresh_every < 1:
+        raise ValueError(f"refresh_every: expected at least 1 epoch, got {config.refresh_every}")
+
+
 def fine_tune(run: Run, net: WOoDNet, crops: CropsWithOutside, outside: tuple[str, ...], config: WoodConfig) -> None:
     """Tags, distances to the centres, and climbed images from outside as negatives of every class."""
     net.trunk.requires_grad_(True)
     freeze_stages(net.trunk.body, config.frozen_stages)
     several = run.fabric.world_size > 1
-    loss = WOoDLoss(
-        distance_weight=config.distance_weight,
-        ood_weight=config.ood_weight,
-        topk=config.topk,
-        selection=config.selection,
-        ignore_top=[k for k, name in enumerate(run.dataset.classes) if name in config.ignore_top],
-        sync=several,
-    )
+    loss = objective(config, run.dataset.classes, several)
     refresh_steps = max(1, len(crops) // config.schedule.batch_size) * (config.refresh_every or 0)
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Terms:
         if refresh_steps and at.step and at.step % refresh_steps == 0:
             fit_centres(run, net.trunk, net.bank, outside, config, f"features-{at.epoch}")
             model.train()
-        climbed = gradient_climb(lambda images: net(images).logits, batch["outside"], config.step, sync=several)
+        climbed = batch["outside"][:0]
+        if config.ood_weight:
+            climbed = gradient_climb(lambda images: net(images).logits, batch["outside"], config.step, sync=several)
         labels, size = batch["labels"], len(batch["image"])
         logits, _, features = model(torch.cat([batch["image"], climbed]))
         terms = loss(logits[:size], features[:size], logits[size:], labels, *net.centres())
@@ -124,12 +140,15 @@ def fine_tune(run: Run, net: WOoDNet, crops: CropsWithOutside, outside: tuple[st
 
 
 def main(config: Config) -> dict:
+    check(config.wood)
     if config.rank is None:
         found = find_outside(config.outside, config.outside_list)
     else:
         found = find_outside(config.rank, None, "rank")
     run = start("wood", config, takes=("classify",))
     outside = add_outside(run, found)
+    if unknown := [name for name in config.wood.ignore_top if name not in run.dataset.classes]:
+        run.console.print(f"  [yellow]ignore_top: {run.dataset.name} has no {', '.join(unknown)}[/]", highlight=False)
 
     with run.stage("classify", "Classifier from tags"):
         classifier = train_classifier(run, config.classify)

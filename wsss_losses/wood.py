@@ -97,10 +97,7 @@ def ood_metric_loss(
         check_shape("class_valid", class_valid, class_centres.shape[:1], "to match class_centres")
     if ood_valid is not None:
         check_shape("ood_valid", ood_valid, ood_centres.shape[:1], "to match ood_centres")
-    if not 0 <= topk <= 1:
-        raise ValueError(f"topk: expected a number in [0, 1], got {topk}")
-    if selection not in ("batch", "image"):
-        raise ValueError(f'selection: expected "batch" or "image", got {selection!r}')
+    _check_selection(topk, selection)
     check_reduction(reduction)
     values = at_least_float32(features)
     clusters = max(1, len(ood_centres))
@@ -144,6 +141,8 @@ class OoDMetricLoss(nn.Module):
         sync: bool = False,
     ) -> None:
         super().__init__()
+        _check_selection(topk, selection)
+        check_reduction(reduction)
         self.topk, self.margin, self.sync = topk, margin, sync
         self.selection: Literal["batch", "image"] = selection
         self.reduction: Literal["mean", "sum", "none"] = reduction
@@ -248,6 +247,7 @@ class OoDNegativeLoss(nn.Module):
 
     def __init__(self, *, ignore_top: Sequence[int] = (), reduction: Literal["mean", "sum", "none"] = "mean") -> None:
         super().__init__()
+        check_reduction(reduction)
         self.ignore_top = tuple(ignore_top)
         self.reduction: Literal["mean", "sum", "none"] = reduction
 
@@ -408,6 +408,7 @@ class WOoDLoss(nn.Module):
         sync: bool = False,
     ) -> None:
         super().__init__()
+        _check_selection(topk, selection)
         self.distance_weight, self.ood_weight, self.topk = distance_weight, ood_weight, topk
         self.selection: Literal["batch", "image"] = selection
         self.margin, self.ignore_top, self.sync = margin, tuple(ignore_top), sync
@@ -448,6 +449,13 @@ class WOoDLoss(nn.Module):
             f"distance_weight={self.distance_weight}, ood_weight={self.ood_weight}, topk={self.topk}, "
             f"selection={self.selection!r}, margin={self.margin}, ignore_top={self.ignore_top}, sync={self.sync}"
         )
+
+
+def _check_selection(topk: float, selection: str) -> None:
+    if not 0 <= topk <= 1:
+        raise ValueError(f"topk: expected a number in [0, 1], got {topk}")
+    if selection not in ("batch", "image"):
+        raise ValueError(f'selection: expected "batch" or "image", got {selection!r}')
 
 
 def _reduce(loss: Tensor, reduction: Literal["mean", "sum", "none"], sync: bool) -> Tensor:

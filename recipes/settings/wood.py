@@ -29,7 +29,7 @@ class WoodConfig:
     distance_weight: float = 0.007
     """Weight of the distances to the centres."""
     ood_weight: float = 0.25
-    """Weight of the images from outside as negatives."""
+    """Weight of the images from outside as negatives; 0 leaves them out of the steps."""
     topk: float = 0.2
     """Share of the pairs of an image and a cluster that push."""
     selection: Literal["batch", "image"] = "batch"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.losses.reference_wood import metric_loss_loop
-from wsss_losses import ood_metric_loss, ood_negative_loss, wood_loss
+from wsss_losses import OoDMetricLoss, OoDNegativeLoss, WOoDLoss, ood_metric_loss, ood_negative_loss, wood_loss
 from wsss_modules import FeatureCentreBank, closest_pairs
 
 seeds = st.integers(0, 10_000)
@@ -268,3 +270,20 @@ def test_wood_loss_names_the_wrong_argument(error: type[Exception], message: str
     centres = {"class_centres": torch.ones(4, 3), "ood_centres": torch.ones(5, 3)}
     with pytest.raises(error, match=message):
         wood_loss(**{**sound, "labels": torch.ones(2, 4), **centres, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OoDMetricLoss(topk=20), r"topk: expected a number in \[0, 1\], got 20"),
+        (lambda: OoDMetricLoss(selection="class"), "selection: expected"),
+        (lambda: OoDMetricLoss(reduction="max"), "reduction: expected"),
+        (lambda: OoDNegativeLoss(reduction="max"), "reduction: expected"),
+        (lambda: WOoDLoss(topk=-1), r"topk: expected a number in \[0, 1\], got -1"),
+        (lambda: WOoDLoss(selection="class"), "selection: expected"),
+    ],
+    ids=["topk", "selection", "reduction", "negatives", "objective-topk", "objective-selection"],
+)
+def test_options_are_checked_when_a_loss_is_made(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

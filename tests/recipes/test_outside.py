@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -173,6 +174,18 @@ def test_fine_tuning_that_was_killed_goes_on_exactly(
     wood.fit_centres(run, trained.trunk, of_classifier, run.dataset.out_of_distribution, config, "features")
     stayed = [torch.equal(value, whole[f"bank.{key}"]) for key, value in of_classifier.state_dict().items()]
     assert stayed == ([True] * 4 if refresh_every is None else [False, True, False, True])
+
+
+def test_without_weight_the_images_from_outside_take_no_part_in_a_step(
+    tmp_path: Path, folder: Path, trained: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(wood, "gradient_climb")
+    schedule = replace(SCHEDULE, epochs=1)
+    config = wood.WoodConfig(clusters=3, frozen_stages=0, schedule=schedule, ood_weight=0)
+    run = make_run(tmp_path, workers=0)
+    fine_tuned(run, folder, trained, config)
+    points = [json.loads(line) for line in run.path("curves", "wood.jsonl").read_text().splitlines()]
+    assert {point["ood"] for point in points} == {0.0}
 
 
 @pytest.mark.parametrize("bias", [4.0, -4.0])
