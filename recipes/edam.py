@@ -26,6 +26,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,15 @@ from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.saliency import saliency_unless_none
 from recipes.pipeline.segmentation import segmentation_from_masks
-from recipes.pipeline.training import Moment, RandomLongSide, TaggedCrops, crop_transform, fit, two_speed_groups
+from recipes.pipeline.training import (
+    Moment,
+    RandomLongSide,
+    Schedule,
+    TaggedCrops,
+    crop_transform,
+    fit,
+    two_speed_groups,
+)
 from recipes.pipeline.views import image_tensor
 from recipes.settings.edam import PRESETS, Config, EDAMConfig
 from wsss_losses import edam_loss
@@ -122,15 +131,24 @@ def train_edam(run: Run, config: EDAMConfig) -> EDAM:
         images, labels = batch["image"].flatten(0, 1), batch["labels"].flatten(0, 1)
         return edam_loss(model(images, keys).logits, labels, keys)
 
-    groups = two_speed_groups(model, fast_parts(model), config.schedule, double_biases=True)
+    groups = parameter_groups(model, config.schedule)
     fit(run, "edam", model, pairs, loss_of, groups, config.schedule, warmup=config.warmup)
     return model
 
 
-def fast_parts(model: EDAM) -> list[nn.Module]:
-    """Masks, projection and classifiers; embedding and transformers learn as slowly as the backbone."""
+def parameter_groups(model: EDAM, schedule: Schedule) -> list[dict[str, Any]]:
+    """Masks, projection and classifiers are fast, biases twice as fast as weights and without decay.
+
+    Embedding and transformers learn as slowly as the backbone, and all of them decay, biases too.
+    """
     head = model.head
-    return [head.activation, head.project, nn.ParameterList([head.attention.classifier])]
+    fast = [head.activation, head.project, nn.ParameterList([head.attention.classifier])]
+    plain = [*head.attention.embedding.parameters(), *head.attention.blocks.parameters()]
+    apart = {id(parameter) for parameter in plain}
+    groups = two_speed_groups(model, fast, schedule, double_biases=True)
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
+    return [*groups, {"params": plain, "lr": schedule.lr, "weight_decay": schedule.weight_decay}]
 
 
 def write_labels(run: Run, config: Config, saliency: Callable[[str], np.ndarray] | None) -> None:
@@ -154,8 +172,17 @@ def write_labels(run: Run, config: Config, saliency: Callable[[str], np.ndarray]
     refine_masks(run, config.mask_crf or saliency is None, lambda name: label(name, refine=True))
 
 
+def check(config: Config) -> None:
+    """Refuse what the network or its labels would stumble over, before saliency maps are read and anything learns."""
+    edam = config.edam
+    EDAMHead(1, 1, edam.width, edam.heads, edam.layers, normalization=edam.normalization)
+    edam_pseudo_label(torch.zeros(1, 0, 1, 1), torch.zeros(1, 1, 1, 1), alpha=config.alpha, beta=config.beta)
+
+
 def main(config: Config) -> dict:
+    check(config)
     run = start("edam", config, takes=())
+    sample_class_keys(torch.zeros(0, 2, len(run.dataset.classes)), config.edam.classes)  # or a word on its number
     saliency = saliency_unless_none(run, config.saliency)
 
     with run.stage("edam", "Class masks from pairs of images"):

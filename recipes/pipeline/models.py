@@ -77,14 +77,15 @@ def build_trunk(name: str, weights: str = "imagenet", output_stride: int = 32) -
     """Make a backbone.
 
     Args:
-        name: a timm name; ``resnet38`` or ``vgg16`` (stride 8 always); or ``NAME-irn``, a timm ResNet whose last stage
-            loses its stride but is not dilated, as in IRN (Ahn et al., CVPR 2019).
+        name: a timm name; ``resnet38`` or ``vgg16`` (stride 8 always), ``resnet38-signed`` without the last ReLU, as in
+            EDAM; or ``NAME-irn``, a timm ResNet whose last stage loses its stride but is not dilated, as in IRN (Ahn et
+            al., CVPR 2019).
         weights: ``imagenet``, ``random``, or a file with a state dict.
         output_stride: 32, 16 or 8 pixels per cell of the last map.
     """
     body = _make_body(name, output_stride)
     load_weights(body, name, weights)
-    if name == "resnet38":
+    if isinstance(body, ResNet38):
         return Trunk(body, name, 8, IMAGENET_MEAN, IMAGENET_STD)
     if name == "vgg16":
         output_stride = 8
@@ -93,8 +94,8 @@ def build_trunk(name: str, weights: str = "imagenet", output_stride: int = 32) -
 
 
 def _make_body(name: str, output_stride: int) -> nn.Module:
-    if name == "resnet38":
-        return ResNet38()
+    if name in ("resnet38", "resnet38-signed"):
+        return ResNet38(final_relu=name == "resnet38")
     base = name.removesuffix("-irn")
     if base not in timm.list_models(base):
         near = timm.list_models(f"*{base[:8]}*")[:5]
@@ -144,7 +145,7 @@ def load_weights(body: nn.Module, name: str, weights: str) -> None:
 def _imagenet_state_dict(name: str) -> dict[str, Tensor]:
     if name in PACKAGED_WEIGHTS:
         return packaged_state_dict(name)
-    if name == "resnet38":
+    if name in ("resnet38", "resnet38-signed"):
         raise ValueError("weights: no package ships ResNet-38d weights; give the file of the authors' conversion")
     try:
         return timm.create_model(name, pretrained=True).state_dict()

@@ -16,7 +16,7 @@ class EDAMConfig:
     """The network and its training."""
 
     backbone: str = "tf_efficientnet_lite0"
-    """timm name or resnet38."""
+    """timm name, resnet38, or resnet38-signed, without its last ReLU as in the released code."""
     weights: str = "imagenet"
     """imagenet, random or a file."""
     output_stride: int = 16
@@ -84,7 +84,7 @@ PRESETS = {
     ),
     "paper": Config(
         edam=EDAMConfig(
-            backbone="resnet38",
+            backbone="resnet38-signed",
             output_stride=8,
             frozen_stages=2,
             long_side=(256, 512),

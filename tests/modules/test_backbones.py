@@ -95,6 +95,16 @@ def test_the_input_is_not_changed() -> None:
     assert torch.equal(image, before)
 
 
+def test_resnet38_without_its_last_relu_gives_signed_features() -> None:
+    net, image = narrow(final_relu=False).eval(), torch.rand(1, 3, 33, 40)
+    signed = net(image)
+    net.final_relu = True
+    active = net(image)
+    assert (signed.conv6 < 0).any()
+    assert torch.equal(signed.conv6.relu(), active.conv6)
+    assert torch.equal(signed.conv5, active.conv5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_resnet38_in_other_precisions(dtype: torch.dtype) -> None:
     assert narrow().to(dtype).eval()(torch.randn(1, 3, 16, 16, dtype=dtype)).conv6.dtype == dtype

@@ -2,14 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from recipes import edam
-from recipes.pipeline.models import build_trunk
+from recipes.pipeline.models import _make_body, build_trunk
 from recipes.pipeline.run import Run, start
-from recipes.pipeline.training import RandomScale, TaggedCrops, crop_transform, poly_sgd, two_speed_groups
+from recipes.pipeline.training import RandomScale, Schedule, TaggedCrops, crop_transform, poly_sgd
+from wsss_modules import ResNet38
 
 
 def run_in(folder: Path) -> Run:
@@ -32,15 +34,27 @@ def test_pairs_share_a_class_and_follow_the_seed(tmp_path: Path) -> None:
         assert all(torch.equal(again[key], value) for key, value in item.items())
 
 
-def test_transformers_learn_as_slowly_as_the_backbone() -> None:
+def test_rates_and_decay_of_backbone_heads_and_transformers() -> None:
     trunk = build_trunk("tf_efficientnet_lite0", "random", 32)
-    model = edam.EDAM(trunk, 3, edam.EDAMConfig(width=8))
-    groups = two_speed_groups(model, edam.fast_parts(model), edam.EDAMConfig().schedule, double_biases=True)
-    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
-    fast, slow = edam.EDAMConfig().schedule.head_lr, edam.EDAMConfig().schedule.lr
-    attention = model.head.attention
-    assert rate[id(model.head.activation.conv.weight)] == rate[id(attention.classifier)] == fast
-    assert rate[id(attention.blocks[0].qkv_weight)] == rate[id(attention.embedding.segment.weight)] == slow
+    model, schedule = edam.EDAM(trunk, 3, edam.EDAMConfig(width=8)), Schedule(1, 1, lr=0.001, head_lr=0.01)
+    groups = edam.parameter_groups(model, schedule)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    head, slow, fast = model.head, (0.001, 1e-4), (0.01, 1e-4)
+    for parameter in (head.activation.conv.weight, head.project.weight, head.attention.classifier):
+        assert found[id(parameter)] == fast
+    for part in (head.attention.embedding, head.attention.blocks):
+        assert all(found[id(parameter)] == slow for parameter in part.parameters()), "biases and norms too"
+    for name, parameter in trunk.named_parameters():
+        assert found[id(parameter)] == ((0.002, 0.0) if name.endswith("bias") else slow), name
+
+
+def test_paper_reads_masks_off_signed_features() -> None:
+    config = edam.PRESETS["paper"].edam
+    with torch.device("meta"):
+        body = _make_body(config.backbone, config.output_stride)
+    assert isinstance(body, ResNet38)
+    assert not body.final_relu
 
 
 def test_learning_rate_rises_and_then_falls() -> None:
@@ -60,4 +74,24 @@ def test_saliency_is_asked_for_before_anything_is_trained(tmp_path: Path) -> Non
     config = replace(edam.PRESETS["tiny"], out=tmp_path / "run", saliency=str(tmp_path / "nowhere"), accelerator="cpu")
     with pytest.raises(ValueError, match=r"saliency: expected a folder of maps or of a c2am run, found no folder"):
         edam.main(config)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "message"),
+    [
+        (None, {"alpha": 0.9, "beta": 0.5}, "alpha: expected at most beta = 0.5, got 0.9"),
+        ("edam", {"normalization": "l2"}, 'normalization: expected "l2_abs", "softmax" or "sigmoid", got \'l2\''),
+        ("edam", {"heads": 3}, "heads: expected a divisor of width = 16, got 3"),
+        ("edam", {"classes": 99}, "count: expected 1..[0-9], got 99"),
+    ],
+    ids=["alpha", "normalization", "heads", "classes"],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_trained(
+    part: str | None, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    tiny = edam.PRESETS["tiny"]
+    changed = options if part is None else {part: replace(getattr(tiny, part), **options)}
+    with pytest.raises(ValueError, match=message):
+        edam.main(replace(tiny, out=tmp_path / "run", accelerator="cpu", **changed))
     assert not (tmp_path / "run" / "checkpoints").exists()

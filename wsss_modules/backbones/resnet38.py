@@ -42,6 +42,7 @@ class ResNet38(nn.Module):
             ``train()``, as all released systems do. Switch off to train from scratch.
         frozen: Names of further submodules that are not trained: ("conv1a",) for PSA's classifier, ("conv1a", "b2",
             "b2_1", "b2_2") for its affinity network.
+        final_relu: Whether the last features are activated. EDAM's release takes them signed, past the last batch norm.
 
     Shapes:
         image (B, 3, H, W) -> `ResNet38Features` of ceil(H / 8) by ceil(W / 8) cells.
@@ -72,6 +73,7 @@ class ResNet38(nn.Module):
         dropout: tuple[float, float] = (0.3, 0.5),
         frozen_batch_norm: bool = True,
         frozen: Sequence[str] = ("conv1a",),
+        final_relu: bool = True,
     ) -> None:
         super().__init__()
         if not 1 <= width_div <= 64:
@@ -100,7 +102,7 @@ class ResNet38(nn.Module):
         self.b7 = _Bottleneck(2048 // width_div, 4096 // width_div, 4, dropout[1])
         self.bn7 = nn.BatchNorm2d(4096 // width_div)
         self.channels = (512 // width_div, 1024 // width_div, 4096 // width_div)
-        self.frozen_batch_norm = frozen_batch_norm
+        self.frozen_batch_norm, self.final_relu = frozen_batch_norm, final_relu
         children = dict(self.named_children())
         for name in frozen:
             if name not in children:
@@ -124,7 +126,7 @@ class ResNet38(nn.Module):
         x, _ = self.b5_2(x)
         x, conv5 = self.b6(x)
         x, _ = self.b7(x)
-        return ResNet38Features(conv4, conv5, _activate(self.bn7, x))
+        return ResNet38Features(conv4, conv5, _activate(self.bn7, x) if self.final_relu else self.bn7(x))
 
     def train(self, mode: bool = True) -> ResNet38:
         """Switch to training or evaluation; frozen batch norms stay in evaluation."""

@@ -111,8 +111,8 @@ def pseudo_label(case: Case) -> dict[str, Tensor]:
     masks = case.inputs["in.summed_masks"][None]
     normalised = modules.normalize_cam(masks, eps=0)
     cam = torch.where(labels[None, :, None, None] > 0, normalised[:, : len(labels)], 0.0)
-    saliency = case.inputs["in.saliency"][None, None].double() / 255
-    options = {"salient": call["theta"] * 100 / 255, "alpha": call["alpha"], "beta": call["beta"]}
+    saliency = case.inputs["in.saliency"][None, None].double() / 256  # a division that never rounds two levels to one
+    options = {"salient": call["theta"] * 100 / 256, "alpha": call["alpha"], "beta": call["beta"]}
     values = {
         "out.norm_cam": normalised[0],
         "out.scores_sal": modules.saliency_guided_scores(cam, saliency, **options)[0],
