@@ -278,8 +278,8 @@ def c2am_loss(
         bg: (N, D) float, features of the other.
         alpha: decay of the pull with the rank of a neighbour.
         normalize: ``"n2"`` (released), ``"pairs"`` or ``"weights"``.
-        pull_weight: weight of the two pulls. With ``normalize="weights"``, 0.035 gives the balance that the released
-            objective has at its batch of 128, for any batch; 1 with ``"n2"`` is the released objective.
+        pull_weight: weight of the two pulls, at least 0. With ``normalize="weights"``, 0.035 gives the balance that the
+            released objective has at its batch of 128, for any batch; 1 with ``"n2"`` is the released objective.
         topk: pull no more than this number of neighbours of each row.
         min_weight: leave out ranks of lower weight.
         sync: compare the images of all processes of a distributed run.
@@ -308,6 +308,7 @@ def c2am_loss(
     _check_rows("fg", fg)
     check_shape("bg", bg, fg.shape, "to match fg")
     check_floating("bg", bg)
+    _check_weight(pull_weight)
     all_fg, all_bg = gather_over_processes(fg, sync), gather_over_processes(bg.to(fg.dtype), sync)
     dtype = torch.promote_types(fg.dtype, torch.float32)
     all_fg, all_bg = all_fg.to(dtype), all_bg.to(dtype)
@@ -352,6 +353,7 @@ class C2AMLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_pull(alpha, normalize, topk, min_weight)
+        _check_weight(pull_weight)
         self.alpha, self.pull_weight, self.topk, self.min_weight = alpha, pull_weight, topk, min_weight
         self.normalize: Normalize = normalize
         self.sync = sync
@@ -399,3 +401,8 @@ def _check_pull(alpha: float, normalize: str, topk: int | None, min_weight: floa
         raise ValueError(f"topk: expected at least 1, got {topk}")
     if not 0 <= min_weight < 1:
         raise ValueError(f"min_weight: expected at least 0 and below 1, got {min_weight}")
+
+
+def _check_weight(pull_weight: float) -> None:
+    if pull_weight < 0:
+        raise ValueError(f"pull_weight: expected at least 0, got {pull_weight}")

@@ -304,8 +304,8 @@ def wood_loss(
         ood_centres: see :func:`ood_metric_loss`.
         class_valid: see :func:`ood_metric_loss`.
         ood_valid: see :func:`ood_metric_loss`.
-        distance_weight: :math:`w_d`.
-        ood_weight: :math:`w_o`.
+        distance_weight: :math:`w_d`, at least 0.
+        ood_weight: :math:`w_o`, at least 0.
         topk: see :func:`ood_metric_loss`.
         selection: see :func:`ood_metric_loss`.
         margin: see :func:`ood_metric_loss`.
@@ -347,6 +347,7 @@ def wood_loss(
     check_floating("features", features)
     check_shape("ood_logits", ood_logits, (None, logits.shape[1]), "to match logits")
     check_floating("ood_logits", ood_logits)
+    _check_weights(distance_weight, ood_weight)
     values = at_least_float32(logits)
     cross_entropy = F.binary_cross_entropy_with_logits(values, labels.to(values.dtype), reduction="none")
     classification = _reduce(cross_entropy.mean(1), "mean", sync)
@@ -409,6 +410,7 @@ class WOoDLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_selection(topk, selection)
+        _check_weights(distance_weight, ood_weight)
         self.distance_weight, self.ood_weight, self.topk = distance_weight, ood_weight, topk
         self.selection: Literal["batch", "image"] = selection
         self.margin, self.ignore_top, self.sync = margin, tuple(ignore_top), sync
@@ -456,6 +458,12 @@ def _check_selection(topk: float, selection: str) -> None:
         raise ValueError(f"topk: expected a number in [0, 1], got {topk}")
     if selection not in ("batch", "image"):
         raise ValueError(f'selection: expected "batch" or "image", got {selection!r}')
+
+
+def _check_weights(distance_weight: float, ood_weight: float) -> None:
+    for name, weight in (("distance_weight", distance_weight), ("ood_weight", ood_weight)):
+        if weight < 0:
+            raise ValueError(f"{name}: expected at least 0, got {weight}")
 
 
 def _reduce(loss: Tensor, reduction: Literal["mean", "sum", "none"], sync: bool) -> Tensor:

@@ -297,6 +297,8 @@ def test_training_the_head_finds_the_object() -> None:
         (lambda x: sim_min_loss(x, x[:, 1:]), ValueError, r"fg: expected shape \(\*, 12\) to match bg, got \(4, 11\)"),
         (lambda x: sim_min_loss(x, x.long()), TypeError, r"fg: expected a floating-point tensor"),
         (lambda x: c2am_loss(x, x[1:]), ValueError, r"bg: expected shape \(4, 12\) to match fg, got \(3, 12\)"),
+        (lambda x: c2am_loss(x, x, pull_weight=-1), ValueError, r"pull_weight: expected at least 0, got -1"),
+        (lambda x: C2AMLoss(pull_weight=-1), ValueError, r"pull_weight: expected at least 0, got -1"),
         (lambda x: C2AMLoss(alpha=-0.1), ValueError, r"alpha: expected at least 0, got -0.1"),
         (lambda x: SimMaxLoss(normalize="none"), ValueError, r"normalize: expected"),
         (lambda x: SimMinLoss(reduction="all"), ValueError, r"reduction: expected"),

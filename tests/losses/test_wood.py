@@ -263,6 +263,7 @@ def test_ood_negative_loss_names_the_wrong_argument(
         (ValueError, r"features: expected shape \(2, \*\) to match logits", {"features": torch.ones(3, 3)}),
         (ValueError, r"ood_logits: expected shape \(\*, 4\) to match logits", {"ood_logits": torch.ones(2, 3)}),
         (TypeError, "ood_logits: expected a floating-point", {"ood_logits": torch.ones(2, 4, dtype=torch.int64)}),
+        (ValueError, "ood_weight: expected at least 0, got -1", {"ood_weight": -1}),
     ],
 )
 def test_wood_loss_names_the_wrong_argument(error: type[Exception], message: str, arguments: dict[str, object]) -> None:
@@ -281,8 +282,13 @@ def test_wood_loss_names_the_wrong_argument(error: type[Exception], message: str
         (lambda: OoDNegativeLoss(reduction="max"), "reduction: expected"),
         (lambda: WOoDLoss(topk=-1), r"topk: expected a number in \[0, 1\], got -1"),
         (lambda: WOoDLoss(selection="class"), "selection: expected"),
+        (lambda: WOoDLoss(distance_weight=-1), "distance_weight: expected at least 0, got -1"),
+        (lambda: WOoDLoss(ood_weight=-0.5), "ood_weight: expected at least 0, got -0.5"),
     ],
-    ids=["topk", "selection", "reduction", "negatives", "objective-topk", "objective-selection"],
+    ids=[
+        *("topk", "selection", "reduction", "negatives", "objective-topk", "objective-selection"),
+        *("distance_weight", "ood_weight"),
+    ],
 )
 def test_options_are_checked_when_a_loss_is_made(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
