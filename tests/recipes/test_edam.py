@@ -49,6 +49,13 @@ def test_rates_and_decay_of_backbone_heads_and_transformers() -> None:
         assert found[id(parameter)] == ((0.002, 0.0) if name.endswith("bias") else slow), name
 
 
+def test_paper_takes_about_the_published_number_of_steps() -> None:
+    schedule, warmup = edam.PRESETS["paper"].edam.schedule, edam.PRESETS["paper"].edam.warmup
+    steps = schedule.epochs * (10582 // schedule.batch_size)  # an image is the first of one pair an epoch
+    assert steps == pytest.approx(33050, rel=0.05)
+    assert warmup * steps == pytest.approx(2000, rel=0.05)
+
+
 def test_paper_reads_masks_off_signed_features() -> None:
     config = edam.PRESETS["paper"].edam
     with torch.device("meta"):
