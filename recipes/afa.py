@@ -15,7 +15,8 @@ step of a random walk, and what comes out trains the decoder, whose masks are th
 ``paper`` starts from MiT-B1; the other presets put four new blocks behind EfficientNet-Lite0. Published for VOC 2012
 val: 66.0 mIoU with a CRF; the authors' log, without one, peaks at 63.8 in 18,000 of 20,000 steps and ends lower, and
 they test that checkpoint. Here it is the last one: none is chosen on masks. Their crops are drawn from images scaled by
-0.5 to 2; ours from a range of sizes. The regulariser of the paper is commented out in their code and absent here.
+0.5 to 2; ours from a range of sizes. They test images whose longer side is brought to 512 pixels; here images keep
+their size. The regulariser of the paper is commented out in their code and absent here.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from recipes.pipeline.segmenter import SegFormer, SegFormerConfig, SegFormerHead
 from recipes.pipeline.training import FramedCrops, Moment, RandomLongSide, crop_transform, fit, two_speed_groups
 from recipes.pipeline.views import image_tensor, scaled_size, views
 from recipes.settings.afa import PRESETS, AFAConfig, Config
-from wsss_losses import AFATerms, afa_loss
+from wsss_losses import AFALoss, AFATerms, afa_loss
 from wsss_modules import (
     AffinityRandomWalk,
     AttentionAffinityHead,
@@ -57,11 +58,12 @@ __all__ = ["PRESETS", "Config", "main"]
 
 
 class AFAOutput(NamedTuple):
-    """Scores of the image (B, K), of the decoder (B, 1 + K, h, w), and affinities (B, N, N)."""
+    """Scores of the image (B, K), of the decoder (B, 1 + K, h, w), affinities (B, N, N) and the grid of their cells."""
 
     logits: Tensor
     seg_logits: Tensor
     affinity: Tensor
+    grid: tuple[int, int]
 
 
 @torch.no_grad()
@@ -86,8 +88,9 @@ class AFANet(nn.Module):
         self.decoder = SegFormerHead(trunk.level_channels, config.decoder_dim, 1 + num_classes)
 
     def forward(self, images: Tensor) -> AFAOutput:
-        seen = self.trunk(images)
-        return AFAOutput(self.classifier(seen.final).logits, self.decoder(seen.levels), self.affinity_of(seen))
+        seen: Attended = self.trunk(images)
+        scores = self.classifier(seen.final).logits, self.decoder(seen.levels)
+        return AFAOutput(*scores, self.affinity_of(seen), tuple(seen.final.shape[-2:]))
 
     def affinity_of(self, seen: Attended) -> Tensor:
         return self.affinity([self.logit_scale * logits for logits in seen.attentions])
@@ -141,6 +144,19 @@ def par(config: AFAConfig) -> PixelAdaptiveRefinement:
     return PixelAdaptiveRefinement(config.dilations, config.par_steps)
 
 
+def check(config: Config) -> None:
+    """Say what is wrong with settings that are first read when the tags are learnt."""
+    par(config.afa)
+    AffinityRandomWalk(config.afa.radius)
+    AFALoss(seg_weight=config.afa.seg_weight, affinity_weight=config.afa.affinity_weight)
+    if config.afa.low > config.afa.high:
+        raise ValueError(f"afa.low: expected at most afa.high = {config.afa.high}, got {config.afa.low}")
+    sizes = {"afa.cam_scales": config.afa.cam_scales, "scales": config.scales, "test_scales": config.test_scales}
+    for name, scales in sizes.items():
+        if not scales or min(scales) <= 0:
+            raise ValueError(f"{name}: expected at least one size, each above 0, got {scales}")
+
+
 def train(run: Run, model: AFANet, config: AFAConfig) -> None:
     """Tags alone, then labels made of the CAMs, then labels that have walked over the affinity."""
 
@@ -154,12 +170,9 @@ def train(run: Run, model: AFANet, config: AFAConfig) -> None:
                 terms = terms._replace(total=terms.total + 0 * (out.seg_logits.sum() + out.affinity.sum()))
             return terms
         plain, mask = pseudo_labels(model, batch, config, walk=progress >= config.walk_after)
-        grid = tuple(-(-side // model.trunk.output_stride) for side in batch["image"].shape[-2:])
-        target = labels_to_affinity(plain, radius=config.radius, size=grid)
+        target = labels_to_affinity(plain, radius=config.radius, size=out.grid)
         weights = {"seg_weight": config.seg_weight, "affinity_weight": config.affinity_weight}
-        return afa_loss(
-            out.logits, out.seg_logits, out.affinity, batch["labels"], mask, target, **weights, sync=several
-        )
+        return afa_loss(*out[:3], batch["labels"], mask, target, **weights, sync=several)
 
     if config.frozen_norms:
         freeze_norms(model.trunk)
@@ -185,7 +198,10 @@ def write_seeds(run: Run, model: AFANet, scales: Sequence[float]) -> None:
 
 
 def write_walks(run: Run, model: AFANet, config: AFAConfig, scales: Sequence[float]) -> None:
-    """Section 3.3: the CAMs walk under the low background and are refined by PAR; the mask is the argmax."""
+    """Section 3.3: the CAMs walk under the low background and are refined by PAR; the mask is the argmax.
+
+    As in training, they walk over the affinity of the largest size; the authors evaluate the walk at size 1.
+    """
 
     def mask_of(name: str) -> Tensor:
         found = found_in(run, model, name, scales)
@@ -207,6 +223,7 @@ def segment(run: Run, model: AFANet, config: Config) -> None:
 
 
 def main(config: Config) -> dict:
+    check(config)  # before hours of training
     run = start("afa", config, takes=())
 
     with run.stage("train", "Tags, pseudo labels and affinities in one training"):

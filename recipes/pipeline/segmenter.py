@@ -242,13 +242,14 @@ class SegFormer(nn.Module):
 
 
 def merge_views(logits: Sequence[Tensor]) -> Tensor:
-    """Segmentations (2, C, h, w) of an image and its mirror image at several scales: averaged, the largest taken.
+    """Segmentations (2B, C, h, w) of images, then their mirror images, at several scales: averaged, the largest taken.
 
-    Returns (1, C, h, w) at the size of the first.
+    Returns (B, C, h, w) at the size of the first.
     """
     size = logits[0].shape[-2:]
     large = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in logits]
-    return torch.stack([(x[:1] + x[1:].flip(-1)) / 2 for x in large]).amax(0)
+    halves = [x.chunk(2) for x in large]
+    return torch.stack([(plain + mirrored.flip(-1)) / 2 for plain, mirrored in halves]).amax(0)
 
 
 def cut_off(body: nn.Module) -> None:

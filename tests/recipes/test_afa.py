@@ -10,7 +10,7 @@ from recipes import afa
 from recipes.pipeline.attention import AttendingTrunk
 from recipes.pipeline.run import start
 from recipes.pipeline.segmenter import merge_views
-from recipes.pipeline.training import AdamSchedule, warmup_adamw
+from recipes.pipeline.training import AdamSchedule, Moment, warmup_adamw
 from recipes.pipeline.transformers import TokenConfig
 
 HYBRID = TokenConfig(weights="random", frozen_stages=3, dim=24, depth=2, heads=3, grid=4)
@@ -75,3 +75,51 @@ def test_warm_up_may_start_from_a_given_share() -> None:
     _, scheduler = warmup_adamw([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}], 8, schedule)
     rates = [scheduler.lr_lambdas[0](t) for t in range(8)]
     assert rates == pytest.approx([0.1, 0.325, 0.55, 0.775, 0.5, 0.375, 0.25, 0.125])
+
+
+def test_when_a_step_learns_from_which_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(afa.PRESETS["tiny"], out=tmp_path, workers=0, accelerator="cpu")
+    run = start("afa", config, takes=())
+    classes = len(run.dataset.classes)
+    model = afa.AFANet(AttendingTrunk(TokenConfig("vit_tiny_patch16_224", "random")), classes, config.afa)
+    learnt, walked = [], []
+    monkeypatch.setattr(afa, "fit", lambda *arguments: learnt.append(arguments[4]))
+
+    def labels_of(model, batch, config, walk):
+        walked.append(walk)
+        label = torch.zeros(2, 72, 72, dtype=torch.int64)
+        label[:, :, 36:] = 1
+        return label, torch.full_like(label, 255) if walk else label
+
+    monkeypatch.setattr(afa, "pseudo_labels", labels_of)
+    afa.train(run, model, config.afa)
+    batch = {"image": torch.randn(2, 3, 72, 72), "labels": torch.ones(2, classes)}  # 4 x 4 whole patches of 16
+    terms = [learnt[0](model, batch, Moment(step, 100, 0, 1)) for step in (0, 9, 10, 29, 30)]
+    assert walked == [False, False, True]
+    assert [bool(t.affinity > 0) for t in terms] == [False, False, True, True, True]
+    assert [bool(t.segmentation > 0) for t in terms] == [False, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"low": 0.6}, "afa.low: expected at most afa.high = 0.55, got 0.6"),
+        ({"par_steps": -1}, "num_iter, w1: expected at least 0"),
+        ({"dilations": ()}, "dilations: expected at least one number of pixels"),
+        ({"radius": -1}, "radius: expected at least 0 or None, got -1"),
+        ({"seg_weight": -0.1}, "seg_weight: expected at least 0, got -0.1"),
+        ({"cam_scales": ()}, r"afa.cam_scales: expected at least one size, each above 0, got \(\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_settings_are_told_before_the_training(settings: dict, message: str, tmp_path: Path) -> None:
+    tiny = afa.PRESETS["tiny"]
+    with pytest.raises(ValueError, match=message):
+        afa.main(replace(tiny, out=tmp_path / "run", afa=replace(tiny.afa, **settings)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_merged_views_of_several_images_are_those_of_each() -> None:
+    views = [torch.randn(4, 3, *size) for size in ((4, 6), (2, 3))]
+    each = [merge_views([view[i::2] for view in views]) for i in range(2)]
+    torch.testing.assert_close(merge_views(views), torch.cat(each))

@@ -19,6 +19,11 @@ def regions_of(case: Case) -> Tensor:
     return case.inputs["in.boxes"][:, [2, 0, 3, 1]]
 
 
+def band_of(call: dict) -> tuple[float, float]:
+    """The low and the high background score; a training step has the published ones."""
+    return call.get("low_thre", 0.35), call.get("high_thre", 0.55)
+
+
 def par_of(call: dict) -> modules.PixelAdaptiveRefinement:
     widths = {name: call[name] for name in ("w1", "w2") if name in call}
     return modules.PixelAdaptiveRefinement(call["dilations"], call["num_iter"], image_gradient=True, **widths)
@@ -34,7 +39,7 @@ def par(case: Case) -> dict[str, Tensor]:
 def cam_to_label(case: Case) -> dict[str, Tensor]:
     call, cam, labels = case.call, case.inputs["in.cam"], case.inputs["in.labels"]
     options = {"background": call["bkg_score"], "ignore_index": call["ignore_index"]}
-    band = (call["low_thre"], call["high_thre"])
+    band = band_of(call)
     regions = regions_of(case)
     return {
         "out.label_nobox": modules.cam_to_label(cam, labels, **options),
@@ -103,7 +108,7 @@ def refined_label(case: Case, call: dict, image: Tensor, refine: modules.PixelAd
         case.inputs["in.labels"],
         refine,
         regions=regions_of(case),
-        **{ours: call[name] for ours, name in (("low", "low_thre"), ("high", "high_thre")) if name in call},
+        **dict(zip(("low", "high"), band_of(call), strict=True)),
         **{name: call[name] for name in ("down_scale",) if name in call},
     )
 
@@ -123,7 +128,7 @@ def par_refine(case: Case) -> dict[str, object]:
 
 @adapter("afa/affinity_head")
 def affinity_head(case: Case) -> dict[str, Tensor]:
-    attentions = [case.leaf(name) for name in sorted(case.inputs) if name.startswith("in.attn_")]
+    attentions = [case.leaf(f"in.attn_{i}") for i in range(sum(name.startswith("in.attn_") for name in case.inputs))]
     features = case.leaf("in.feature")
     pool = {"gmp": "max", "gap": "mean"}[case.call["pooling"]]
     classes = len(case.params["param.classifier.weight"])
@@ -163,7 +168,7 @@ def training_step(case: Case) -> dict[str, object]:
     pseudo = refined_label(case, call, image, refine)
     grid = (call["infer_size"], call["infer_size"])
     coarse = torch.nn.functional.interpolate(inputs["in.cam"], grid, mode="bilinear", align_corners=False)
-    walk = modules.AffinityRandomWalk(call["radius"])
+    walk = modules.AffinityRandomWalk(call["radius"], backgrounds=band_of(call))
     low, high = walk(coarse, inputs["in.affinity_infer"][: len(labels)], labels)
     walked = modules.refine_walked_scores(image, low, high, labels, refine, regions=regions_of(case))
     target = modules.labels_to_affinity(pseudo, radius=call["radius"])
@@ -178,7 +183,7 @@ def training_step(case: Case) -> dict[str, object]:
     weights = {"seg_weight": 0, "affinity_weight": 0} if call["n_iter"] <= call["cam_iters"] else {}
     total = losses.afa_loss(*predictions, labels, seg_target, target, **weights).total
     gradients = case.grads(losses.afa_loss(*predictions, labels, *known, **weights).total)
-    plain = modules.cam_to_label(inputs["in.cam"], labels, band=(0.35, 0.55), regions=regions_of(case))
+    plain = modules.cam_to_label(inputs["in.cam"], labels, band=band_of(call), regions=regions_of(case))
     masks = {"pseudo_label": plain, "refined_pseudo_label": pseudo, "seg_target": seg_target, "affinity_label": target}
     named = {"loss": total, "cls_loss": terms.classification, "seg_loss": terms.segmentation}
     values = {f"out.{name}": Agreement(mask, LABELS) for name, mask in masks.items()}
@@ -215,7 +220,9 @@ def poly_warmup_lr(case: Case) -> dict[str, Tensor]:
 def msc_flip_segmentation(case: Case) -> dict[str, Tensor]:
     from recipes.pipeline.segmenter import merge_views
 
-    views = [case.inputs[f"in.seg_{i}"] for i in range(len(case.call["scales"]))]
+    scales = case.call["scales"]
+    views = [case.inputs[f"in.seg_{i}"] for i in range(len(scales))]
+    single = views[scales.index(1) if 1 in scales else 0].chunk(2)[0]  # without the mirror images
     merged = merge_views(views)
     full = torch.nn.functional.interpolate(merged, case.call["out_size"], mode="bilinear", align_corners=False)
-    return {"out.msc_logits": merged, "out.msc_logits_full": full, "out.single_logits": views[0][:1]}
+    return {"out.msc_logits": merged, "out.msc_logits_full": full, "out.single_logits": single}
