@@ -18,8 +18,9 @@ background is there in every image, and the last checkpoint counts. Published wi
 authors' supervision, and the true tags also on val): masks 71.4 on train, 69.3 on val.
 
 ``paper`` starts from a ViT-B/16 of 384 pixels; the other presets put four new blocks behind EfficientNet-Lite0. Images
-are cropped to squares, where the authors squeeze them. Segmentation networks are not part of the released code: the
-last stage is that of the other recipes.
+are cropped to squares, where the authors squeeze them; at test time, where they squeeze them to 960 x 960 pixels, they
+keep their shape, and the mirror image is seen too. Segmentation networks are not part of the released code: the last
+stage is that of the other recipes.
 """
 
 from __future__ import annotations
@@ -91,6 +92,11 @@ class TwoViews(nn.Module):
     def __init__(self, net: PatchNet, config: PatchConfig) -> None:
         super().__init__()
         self.net, self.config = net, config
+        patch, side, crop = net.trunk.output_stride, config.crop, config.view_crop
+        if side < 1 or side % (2 * patch):
+            raise ValueError(f"patches.crop: expected a multiple of two patches, {2 * patch} pixels, got {side}")
+        if config.crop_probability > 0 and not patch <= crop <= side:
+            raise ValueError(f"patches.view_crop: expected {patch} to {side} pixels, a patch to the image, got {crop}")
 
     def forward(self, images: Tensor, labels: Tensor) -> Views:
         batch, side, patch = len(images), images.shape[-1], self.net.trunk.output_stride
@@ -113,7 +119,10 @@ class TwoViews(nn.Module):
 
 
 def recolour(images: Tensor) -> Tensor:
-    """Contrast by a factor of .5 to 2 and saturation by .5 to 1.5 of normalised images, different for each."""
+    """Contrast by a factor of .5 to 2 and saturation by .5 to 1.5 of normalised images, different for each.
+
+    The authors also shift hues by up to .1 and make one image in ten grey; what they do to brightness has no effect.
+    """
     contrast, saturation = (
         torch.rand(2, len(images), 1, 1, 1) * torch.tensor([1.5, 1.0]).view(2, 1, 1, 1, 1) + 0.5
     ).to(images.device)
@@ -201,6 +210,8 @@ def crf_mask(run: Run, name: str) -> Tensor:
 
 
 def main(config: Config) -> dict:
+    if config.test_scale <= 0:
+        raise ValueError(f"test_scale: expected a number above 0, got {config.test_scale}")
     run = start("vitpcm", config, takes=())
 
     with run.stage("classify", "Classes of patches from tags, and two views of each image"):

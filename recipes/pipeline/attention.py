@@ -128,8 +128,13 @@ def freeze_norms(module: nn.Module) -> None:
 
 def freeze_but_last(trunk: AttendingTrunk, blocks: int) -> None:
     """Of a ViT, train the last ``blocks`` and the final norm only."""
+    if isinstance(trunk.encoder, MixTransformer):
+        raise ValueError(f"trained_blocks: expected None for {trunk.name}; a ViT can be trained in part")
+    depth = len(trunk.encoder.blocks)
+    if not 0 <= blocks <= depth:
+        raise ValueError(f"trained_blocks: expected 0 to {depth}, the blocks of {trunk.name}, got {blocks}")
     trunk.encoder.requires_grad_(False)
-    for layer in [*list(trunk.encoder.blocks)[len(trunk.encoder.blocks) - blocks :], trunk.encoder.norm]:
+    for layer in [*list(trunk.encoder.blocks)[depth - blocks :], trunk.encoder.norm]:
         layer.requires_grad_(True)
 
 

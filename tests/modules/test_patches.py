@@ -69,6 +69,10 @@ def test_dropout_is_off_in_evaluation_and_a_1_x_1_grid_works() -> None:
     layer, x = HVBiLSTM(5, 2, dropout=0.5), torch.randn(2, 5, 1, 1)
     torch.manual_seed(0)
     assert not torch.equal(layer(x), layer(x))
+    kept = layer._run(lambda sequences: (sequences,), torch.ones(8, 3, 5))  # features of a sequence, at all its steps
+    assert torch.equal(kept, kept[:, :1].expand_as(kept))
+    assert kept.unique().tolist() == [0, 2]
+    assert not torch.equal(kept[0], kept[1])
     layer.eval()
     assert torch.equal(layer(x), layer(x))
     assert layer(x).shape == (2, layer.out_dim, 1, 1)
@@ -211,16 +215,34 @@ def test_transforms_in_patches_are_those_in_pixels_rounded_down() -> None:
     patches = draw.on_patches(16)
     assert torch.equal(patches.box * 16, draw.box)
     assert patches.size == (3, 3)
+    odd = draw._replace(box=torch.tensor([[17, 30, 50, 63]] * 3), size=(40, 47)).on_patches(16)
+    assert odd.box[0].tolist() == [1, 1, 3, 3]
+    assert odd.size == (2, 2)
     with pytest.raises(ValueError, match="inverse: expected flips and transposes only"):
         patches.inverse()
     assert gradcheck(patches.apply, torch.rand(3, 1, 4, 4, dtype=torch.float64, requires_grad=True))
 
 
-def test_target_is_made_in_the_order_of_the_paper() -> None:
-    probs, labels = torch.rand(2, 3, 4, 4), torch.tensor([[1, 0, 1], [1, 1, 0]])
-    first, view = PatchTransform.draw(2), PatchTransform.draw(2, crop_probability=1, crop=2, grid=(4, 4), size=(3, 3))
-    expected = merge_class_labels(view.apply(first.inverse().apply(probs)), labels)
-    assert torch.equal(equivariance_target(probs.requires_grad_(), labels, first, view), expected)
+@given(seeds)
+def test_target_is_the_corrected_prediction_of_the_untransformed_image(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.rand(2, 3, 4, 4, generator=generator, dtype=torch.float64)  # of the images as they are
+    labels = torch.tensor([[1, 0, 1], [1, 1, 0]])
+    crops = {"crop_probability": 1.0, "crop": 2, "grid": (4, 4), "size": (3, 3)}
+    first = PatchTransform.draw(2, generator=generator)
+    view = PatchTransform.draw(2, generator=generator, **crops)
+    seen, expected = torch.empty_like(whole), torch.zeros(2, 3, 3, 3, dtype=torch.float64)
+    for i in range(2):
+        seen[i : i + 1] = by_hand(whole[i : i + 1], *(bool(flag[i]) for flag in first[:3]))
+        x1, y1, x2, y2 = view.box[i].tolist()
+        part = F.interpolate(whole[i : i + 1, :, y1:y2, x1:x2], (3, 3), mode="bilinear", align_corners=True)
+        part = by_hand(part, *(bool(flag[i]) for flag in view[:3]))[0]
+        for k in labels[i].nonzero()[:, 0]:
+            expected[i, k] = part[k] / part[k].max()  # of the crop, not of the image
+        expected[i] /= expected[i].sum(0)
+    target = equivariance_target(seen.requires_grad_(), labels, first, view)
+    torch.testing.assert_close(target, expected)
+    assert not target.requires_grad
 
 
 # mosaics

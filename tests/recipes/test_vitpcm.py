@@ -62,6 +62,36 @@ def test_the_last_blocks_of_a_vit_are_trained() -> None:
     named = {name.split(".")[2] for name, p in trunk.named_parameters() if p.requires_grad and ".blocks." in name}
     assert named == {"10", "11"}
     assert not trunk.encoder.pos_embed.requires_grad
+    freeze_but_last(trunk, 12)
+    assert all(p.requires_grad for p in trunk.encoder.blocks.parameters())
+    with pytest.raises(
+        ValueError, match="trained_blocks: expected 0 to 12, the blocks of vit_tiny_patch16_224, got 13"
+    ):
+        freeze_but_last(trunk, 13)
+    with pytest.raises(ValueError, match="trained_blocks: expected None for mit_b0"):
+        freeze_but_last(AttendingTrunk(TokenConfig("mit_b0", "random")), 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"crop": 112}, "patches.crop: expected a multiple of two patches, 32 pixels, got 112"),
+        ({"view_crop": 129}, "patches.view_crop: expected 16 to 128 pixels, a patch to the image, got 129"),
+        ({"view_crop": 8}, "patches.view_crop: expected 16 to 128 pixels, a patch to the image, got 8"),
+    ],
+    ids=["crop", "large view", "small view"],
+)
+def test_sizes_that_do_not_fit_are_told_before_the_training(settings: dict, message: str) -> None:
+    net = vitpcm.PatchNet(AttendingTrunk(HYBRID), 3, PATCHES)
+    with pytest.raises(ValueError, match=message):
+        vitpcm.TwoViews(net, replace(PATCHES, **settings))
+    vitpcm.TwoViews(net, replace(PATCHES, view_crop=0, crop_probability=0.0))
+
+
+def test_a_wrong_test_scale_is_told_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="test_scale: expected a number above 0, got 0"):
+        vitpcm.main(replace(vitpcm.PRESETS["tiny"], out=tmp_path / "run", test_scale=0))
+    assert not (tmp_path / "run").exists()
 
 
 def test_published_settings_are_the_published_ones() -> None:
