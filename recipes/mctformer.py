@@ -41,7 +41,7 @@ from recipes.pipeline.training import Moment, RandomLongSide, TaggedCrops, crop_
 from recipes.pipeline.transformers import HYBRID, TokenTrunk, build_token_trunk
 from recipes.settings.mctformer import PRESETS, Config, MCTConfig
 from wsss_losses import MCTformerLoss, MCTformerTerms
-from wsss_modules import MultiClassTokenOutput, MultiClassTokenViT, refine_with_patch_affinity
+from wsss_modules import MultiClassTokenOutput, MultiClassTokenViT, query_key, refine_with_patch_affinity
 
 __all__ = ["PRESETS", "Config", "main"]
 
@@ -63,6 +63,7 @@ def build(run: Run, config: Config) -> tuple[TokenTrunk, MultiClassTokenViT]:
     weights = "random" if run.config.max_steps is not None else config.tokens.weights
     tokens = replace(config.tokens, weights=weights)
     trunk = build_token_trunk(tokens, classes, final_norm=False, pos_offset=0.0 if plus else 0.1)
+    query_key(trunk.encoder.blocks[0], trunk.encoder.prefix)  # or a word on why not, before hours of training
     return trunk, MultiClassTokenViT(trunk.encoder, classes, config.mct.variant, n_layers=config.mct.layers)
 
 

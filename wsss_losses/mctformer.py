@@ -70,9 +70,9 @@ def class_token_contrastive_loss(
     check_ndim("class_tokens", class_tokens, 4, "(L, B, K, D)")
     check_floating("class_tokens", class_tokens)
     check_shape("labels", labels, class_tokens.shape[1:3], "to match class_tokens")
-    check_reduction(reduction)
-    if num_layers < 1 or len(class_tokens) == 0:
-        raise ValueError(f"num_layers, class_tokens: expected at least one block, got {num_layers} of those given")
+    _check_options(num_layers, reduction)
+    if len(class_tokens) == 0:
+        raise ValueError("class_tokens: expected at least one block, got none")
     with torch.autocast(class_tokens.device.type, enabled=False):
         tokens = at_least_float32(class_tokens[-num_layers:])
         length = torch.linalg.vector_norm(tokens, dim=3, keepdim=True)
@@ -100,7 +100,7 @@ class ClassTokenContrastiveLoss(nn.Module):
 
     def __init__(self, *, num_layers: int = 12, eps: float = 1e-8, reduction: Reduction = "mean") -> None:
         super().__init__()
-        check_reduction(reduction)
+        _check_options(num_layers, reduction)
         self.num_layers, self.eps, self.reduction = num_layers, eps, reduction
 
     def forward(self, class_tokens: Tensor, labels: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def mctformer_loss(
         >>> terms.total, terms.class_tags
         (tensor(1.3863), tensor(0.6931))
     """
-    check_reduction(reduction)
+    _check_options(num_layers, reduction)
     check_ndim("class_logits", class_logits, 2, "(B, K)")
     check_shape("labels", labels, class_logits.shape, "to match class_logits")
     dtype = class_logits.dtype
@@ -202,7 +202,7 @@ class MCTformerLoss(nn.Module):
 
     def __init__(self, *, contrast_weight: float = 1.0, num_layers: int = 12, reduction: Reduction = "mean") -> None:
         super().__init__()
-        check_reduction(reduction)
+        _check_options(num_layers, reduction)
         self.contrast_weight, self.num_layers, self.reduction = contrast_weight, num_layers, reduction
 
     def forward(
@@ -222,3 +222,9 @@ class MCTformerLoss(nn.Module):
     def extra_repr(self) -> str:
         """Show the options."""
         return f"contrast_weight={self.contrast_weight}, num_layers={self.num_layers}, reduction={self.reduction!r}"
+
+
+def _check_options(num_layers: int, reduction: str) -> None:
+    check_reduction(reduction)
+    if num_layers < 1:
+        raise ValueError(f"num_layers: expected at least 1, got {num_layers}")

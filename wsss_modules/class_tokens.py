@@ -408,7 +408,7 @@ class MultiClassTokenViT(nn.Module):
         images (B, 3, H, W) -> `MultiClassTokenOutput`.
 
     Raises:
-        ValueError: an unknown ``variant``, or fewer tokens than classes.
+        ValueError: an unknown ``variant``, fewer tokens than classes, or ``n_layers`` below 1.
 
     Paper:
         Xu, Ouyang, Bennamoun, Boussaid and Xu, Multi-class Token Transformer for Weakly Supervised Semantic
@@ -444,6 +444,8 @@ class MultiClassTokenViT(nn.Module):
             raise ValueError(
                 f"num_classes: expected 1 to {encoder.num_prefix}, the tokens before the patches, got {num_classes}"
             )
+        if n_layers < 1:
+            raise ValueError(f"n_layers: expected at least 1, got {n_layers}")
         self.encoder, self.num_classes, self.variant, self.n_layers = encoder, num_classes, variant, n_layers
         self.pool = ClassTokenPool()
         self.head: PatchCAMHead | None = None

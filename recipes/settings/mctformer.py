@@ -73,7 +73,7 @@ def walking(walk: rw.WalkConfig, background: float = 0.6) -> rw.WalkConfig:
 
 # 405 steps of 16 crops, the budget of the plain classifier, are few for blocks that start from random weights, so that
 # they learn ten times as fast as the pretrained layers, under the rate that is usual for small transformers. The
-# published rate is 5e-4 for 512 images, scaled to the batch; minimum 1e-5; 5 epochs of 60 warm up.
+# published rate is 5e-4 for 512 images, scaled to the batch; minimum 1e-5; 5 epochs of 60 warm up from 1e-6.
 PRESETS = {
     "demo": Config(),
     "small": Config(
@@ -94,7 +94,9 @@ PRESETS = {
             augmentation="strong",
             crop=224,
             compare_modes=True,
-            schedule=AdamSchedule(epochs=60, batch_size=64, lr=6.25e-5, head_lr=6.25e-5, warmup=5 / 60, floor=0.16),
+            schedule=AdamSchedule(
+                epochs=60, batch_size=64, lr=6.25e-5, head_lr=6.25e-5, warmup=5 / 60, start=0.016, floor=0.16
+            ),
         ),
         cams=CamConfig(output_stride=16, scales=(1.0,)),
         affinity=replace(

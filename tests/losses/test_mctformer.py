@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from wsss_losses import class_token_contrastive_loss, mctformer_loss
+from wsss_losses import ClassTokenContrastiveLoss, MCTformerLoss, class_token_contrastive_loss, mctformer_loss
 
 LABELS = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
 
@@ -115,6 +115,11 @@ def test_messages() -> None:
         mctformer_loss(z, z[:2], None, LABELS)
     with pytest.raises(ValueError, match=r"class_tokens: expected shape \(\*, 3, 4, \*\) to match class_logits"):
         mctformer_loss(z, None, x[:, :2], LABELS)
+    for make in (ClassTokenContrastiveLoss, MCTformerLoss):
+        with pytest.raises(ValueError, match="num_layers: expected at least 1, got 0"):
+            make(num_layers=0)
+    with pytest.raises(ValueError, match="class_tokens: expected at least one block, got none"):
+        class_token_contrastive_loss(x[:0], LABELS)
     with pytest.raises(TypeError, match="class_logits: expected a floating-point tensor"):
         mctformer_loss(z.long(), None, None, LABELS)
     with pytest.raises(ValueError, match='reduction: expected "mean", "sum" or "none"'):
@@ -123,7 +128,7 @@ def test_messages() -> None:
         class_token_contrastive_loss(x[0], LABELS)
     with pytest.raises(ValueError, match="labels: expected shape"):
         class_token_contrastive_loss(x, LABELS[:, :3])
-    with pytest.raises(ValueError, match="num_layers, class_tokens: expected at least one block"):
+    with pytest.raises(ValueError, match="num_layers: expected at least 1, got 0"):
         class_token_contrastive_loss(x, LABELS, num_layers=0)
     with pytest.raises(TypeError, match="class_tokens: expected a floating-point tensor"):
         class_token_contrastive_loss(x.long(), LABELS)

@@ -392,6 +392,8 @@ def test_network_messages() -> None:
         MultiClassTokenViT(encoder, 3, "v3")
     with pytest.raises(ValueError, match="num_classes: expected 1 to 3, the tokens before the patches, got 4"):
         MultiClassTokenViT(encoder, 4)
+    with pytest.raises(ValueError, match="n_layers: expected at least 1, got 0"):
+        MultiClassTokenViT(encoder, 3, n_layers=0)
     with pytest.raises(ValueError, match="tokens: expected 0 \\+ 2 x 2 = 4 tokens"):
         PatchCAMHead(12, 3)(torch.zeros(1, 5, 12), (2, 2))
 

@@ -124,3 +124,12 @@ def test_v1_has_no_maps_of_patches_and_says_so_before_it_trains(tmp_path: Path) 
     with pytest.raises(ValueError, match="mct.mode: expected .* for v1"):
         mctformer.main(config)
     assert not config.out.exists()
+
+
+def test_attention_that_cannot_be_read_is_told_before_the_training() -> None:
+    run = SimpleNamespace(dataset=SimpleNamespace(classes=("cat", "dog")), config=SimpleNamespace(max_steps=1))
+    tokens = replace(TINY.tokens, backbone="cait_xxs24_224")
+    with pytest.raises(TypeError, match="block: expected attention by products of queries and keys alone"):
+        mctformer.build(run, replace(TINY, tokens=tokens))
+    with pytest.raises(ValueError, match="n_layers: expected at least 1, got 0"):
+        mctformer.build(run, replace(TINY, mct=replace(TINY.mct, layers=0)))
