@@ -37,7 +37,7 @@ def affinity_random_walk(
         radius: reach of the window in cells along each axis, at least 0; None for all pairs.
         power: beta, above 0.
         eps: added to the sums, so that a cell that is like no other loses strength: 1e-4 for plain maps; 0.1 where the
-            background walks along, which all maps of a cell lose alike.
+            background walks along, which all maps of a cell lose alike. 0 / 0 is 0.
         n_steps: steps, at least 1. The released code can square its matrix, and does so 0 times.
 
     Returns:
@@ -85,6 +85,7 @@ def affinity_random_walk(
 
         first = moved(torch.cat([x.to(dtype), torch.ones_like(itself)], 1))  # the sums of weights walk along
         total = first[:, -1:] + eps
+        total = torch.where(total > 0, total, 1.0)  # without eps, a cell that is like none, not even itself, gets 0
         maps = first[:, :-1] / total
         for _ in range(n_steps - 1):
             maps = moved(maps) / total

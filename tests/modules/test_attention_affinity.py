@@ -176,6 +176,18 @@ def test_walk_over_the_identity_only_shrinks() -> None:
     torch.testing.assert_close(twice, out / 1.1)
 
 
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_walk_to_a_cell_that_is_like_none_gives_0(eps: float) -> None:
+    x = torch.rand(1, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    affinity = affinities((2, 3), batch=1)
+    affinity[:, 4] = affinity[:, :, 4] = 0
+    affinity.requires_grad_()
+    out = affinity_random_walk(x, affinity, radius=1, eps=eps, n_steps=2)
+    assert not out[..., 1, 1].any()
+    assert bool(out.flatten(2)[..., [0, 1, 2, 3, 5]].all())
+    assert all(bool(grad.isfinite().all()) for grad in torch.autograd.grad(out.square().sum(), (x, affinity)))
+
+
 def test_backgrounds_walk_together_as_they_walk_alone() -> None:
     cam, labels, affinity = torch.rand(2, 3, 3, 4), torch.tensor([[1, 0, 1], [0, 0, 0]]), affinities((3, 4)).float()
     both = AffinityRandomWalk(radius=1)(cam, affinity, labels)

@@ -39,6 +39,22 @@ def test_exported_logits_are_neither_scaled_nor_normalised() -> None:
     torch.testing.assert_close(logits, torch.einsum("bqhd,bkhd->bhqk", query, key))
 
 
+@pytest.mark.parametrize("size", [(4, 6), (5, 7)], ids=str)
+def test_reduced_attention_is_exported_over_the_mean_of_its_queries(size: tuple[int, int]) -> None:
+    layer, (height, width) = EfficientSelfAttention(6, 2, 2), size
+    tokens = torch.randn(1, height * width, 6)
+    logits = layer(tokens, size, return_logits=True)[1]
+    kept = (height // 2 * 2, width // 2 * 2)
+    grid = tokens.mT.view(1, 6, *size)
+    fewer = torch.nn.functional.conv2d(grid, layer.sr.weight, layer.sr.bias, stride=2)
+    keys = layer.kv(layer.norm(fewer.flatten(2).mT))[..., :6].view(1, -1, 2, 3)
+    queries = layer.q(tokens).view(1, height, width, 2, 3)[:, : kept[0], : kept[1]]
+    every = torch.einsum("byxhd,bkhd->bhyxk", queries, keys)
+    means = every.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))  # over the 2 x 2 queries of a key
+    torch.testing.assert_close(logits, means.flatten(2, 3))
+    assert logits.shape[2] == logits.shape[3]
+
+
 def test_query_key_reads_the_same_logits_off_a_block() -> None:
     from wsss_modules import query_key
 

@@ -169,6 +169,16 @@ def test_images_without_a_class_are_background(labels: list[list[int]]) -> None:
     assert not refine_walked_scores(image, scores, scores, tags, PAR)[0].any()
 
 
+def test_regions_without_a_pixel_say_nothing() -> None:
+    cam, image = maps()
+    regions = torch.tensor([[5, 2, 5, 6], [12, 0, 20, 8]])  # no column, and beside the image
+    scores = present_softmax(cam, LABELS, 0.5)
+    assert bool((cam_to_label(cam, LABELS, regions=regions) == 255).all())
+    assert bool((refine_cam_with_background(image, cam, LABELS, PAR, regions=regions) == 255).all())
+    assert bool((refine_walked_scores(image, scores, scores, LABELS, PAR, regions=regions) == 255).all())
+    assert not refine_scores(image, scores, LABELS, PAR, regions=regions).any()
+
+
 def test_one_pixel_images_and_half_precision() -> None:
     cam, image = torch.rand(1, 2, 1, 1), torch.rand(1, 3, 1, 1)
     assert refine_cam_with_background(image, cam, torch.ones(1, 2), PAR).shape == (1, 1, 1)
