@@ -182,7 +182,8 @@ def labels_to_affinity(
 
     Differences:
         The released grid always rounds down, that of the network up, so that sides which the stride does not divide
-        fail there; see ``size``.
+        fail there; see ``size``. The nearest resampling of torch computes the place of a cell in single precision: at a
+        few such sizes, 234 pixels in 14 cells for one, a cell is read one pixel further up or left there.
 
     Notes:
         One byte a pair; the released code holds six matrices of N x N numbers of up to 8 bytes. :func:`affinity_labels`
