@@ -102,19 +102,18 @@ class AFANet(nn.Module):
 
 
 class Localised(NamedTuple):
-    """``cam`` (B, K, H, W) in [0, 1], and affinity (B, N, N) and grid of the largest view."""
+    """``cam`` (B, K, H, W) in [0, 1], and affinity (B, N, N) and grid of one view."""
 
     cam: Tensor
     affinity: Tensor
     grid: tuple[int, int]
 
 
-def localise(model: AFANet, views: Sequence[Tensor], size: tuple[int, int]) -> Localised:
-    """CAMs merged over ``views``, each (2 B, 3, h, w): images and their mirror images at one scale."""
+def localise(model: AFANet, views: Sequence[Tensor], size: tuple[int, int], walked: int) -> Localised:
+    """CAMs merged over ``views``, each (2 B, 3, h, w): images and their mirror images; affinity of view ``walked``."""
     maps, affinities = zip(*(model.localise(x) for x in views), strict=True)
-    largest = max(range(len(views)), key=lambda i: views[i].shape[-1])
-    affinity = affinities[largest][: len(views[0]) // 2]
-    return Localised(merge_multiscale_cams(maps, size), affinity, tuple(maps[largest].shape[-2:]))
+    affinity = affinities[walked][: len(views[0]) // 2]
+    return Localised(merge_multiscale_cams(maps, size), affinity, tuple(maps[walked].shape[-2:]))
 
 
 @torch.no_grad()
@@ -128,7 +127,8 @@ def pseudo_labels(model: AFANet, batch: dict[str, Tensor], config: AFAConfig, wa
     ]
     was_training = model.training
     model.eval()  # the released code lets drop path run here
-    found = localise(model, [torch.cat([x, x.flip(-1)]) for x in scaled], size)
+    largest = config.cam_scales.index(max(config.cam_scales))
+    found = localise(model, [torch.cat([x, x.flip(-1)]) for x in scaled], size, largest)
     model.train(was_training)
     pixels, refine = denormalize_images(images, model.mean, model.std), par(config)
     options = {"regions": regions}
@@ -186,7 +186,8 @@ def found_in(run: Run, model: AFANet, name: str, scales: Sequence[float]) -> Loc
     image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
     stride, smallest = model.trunk.output_stride, model.trunk.smallest
     at_each_scale = list(views(image, model, scales, multiple=stride, smallest=smallest))
-    return localise(model, at_each_scale, tuple(image.shape[-2:]))
+    middle = min(range(len(scales)), key=lambda i: abs(scales[i] - 1))
+    return localise(model, at_each_scale, tuple(image.shape[-2:]), middle)
 
 
 def write_seeds(run: Run, model: AFANet, scales: Sequence[float]) -> None:
@@ -200,7 +201,7 @@ def write_seeds(run: Run, model: AFANet, scales: Sequence[float]) -> None:
 def write_walks(run: Run, model: AFANet, config: AFAConfig, scales: Sequence[float]) -> None:
     """Section 3.3: the CAMs walk under the low background and are refined by PAR; the mask is the argmax.
 
-    As in training, they walk over the affinity of the largest size; the authors evaluate the walk at size 1.
+    As in the authors' evaluation, they walk over the affinity of the size nearest to the image's own.
     """
 
     def mask_of(name: str) -> Tensor:

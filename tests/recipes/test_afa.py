@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from recipes import afa
 from recipes.pipeline.attention import AttendingTrunk
@@ -117,6 +119,20 @@ def test_wrong_settings_are_told_before_the_training(settings: dict, message: st
     with pytest.raises(ValueError, match=message):
         afa.main(replace(tiny, out=tmp_path / "run", afa=replace(tiny.afa, **settings)))
     assert not (tmp_path / "run").exists()
+
+
+def test_masks_walk_at_size_1_and_labels_of_a_step_at_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = afa.AFAConfig(cam_scales=(1.0, 1.5, 0.5), decoder_dim=8)
+    model, grids = afa.AFANet(AttendingTrunk(HYBRID), 3, config).eval(), []
+    localise = afa.localise
+    monkeypatch.setattr(afa, "localise", lambda *args: grids.append(localise(*args).grid) or localise(*args))
+    batch = {"image": torch.randn(1, 3, 64, 64), "labels": torch.ones(1, 3), "region": torch.tensor([[0, 0, 64, 64]])}
+    afa.pseudo_labels(model, batch, config, walk=True)
+    photo = Image.new("RGB", (96, 64))
+    run = SimpleNamespace(dataset=SimpleNamespace(image=lambda name: photo), fabric=SimpleNamespace(device="cpu"))
+    with torch.no_grad():
+        afa.found_in(run, model, "photo", (0.5, 1.5, 1.0))
+    assert grids == [(6, 6), (4, 6)]
 
 
 def test_merged_views_of_several_images_are_those_of_each() -> None:
