@@ -24,6 +24,7 @@ def spatial_bce_loss(
     *,
     min_threshold: float = 1e-4,
     eps: float = 1e-8,
+    log_floor: float | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     r"""Push the pixels of present classes away from a threshold, and those of absent classes down.
@@ -49,6 +50,7 @@ def spatial_bce_loss(
             gradient. Those of absent classes have no effect.
         min_threshold: thresholds are raised to this at least.
         eps: least value of :math:`(1 - t)^2`, the divisor above the threshold.
+        log_floor: least :math:`1 - p` under the logarithm; 1e-8 in the released code, None for the exact value.
         reduction: ``"mean"`` over all B·K·H·W terms, ``"sum"``, or ``"none"`` for (B, K, H, W).
 
     Returns:
@@ -56,7 +58,7 @@ def spatial_bce_loss(
 
     Raises:
         TypeError: if ``logits`` or ``threshold`` is not floating point.
-        ValueError: if a shape does not fit or ``reduction`` is unknown.
+        ValueError: if a shape does not fit, ``log_floor`` is not positive or ``reduction`` is unknown.
 
     Paper:
         Wu, Gao, Huang, Wei, Wei and Liu, "Adaptive Spatial-BCE Loss for Weakly Supervised Semantic Segmentation",
@@ -65,7 +67,7 @@ def spatial_bce_loss(
     Differences:
         Pixels of absent classes: the released code takes the logarithm of ``max(1 - p, 1e-8)``, whose gradient is
         exactly 0 once p rounds to 1 (a logit of 17 in float32), where it is needed most. Here it is softplus of the
-        logit: the same value below 18.4, exact and with a live gradient above.
+        logit, exact and with a live gradient however large it is. ``log_floor=1e-8`` is the released arithmetic.
 
     Notes:
         A pixel at the threshold belongs to the low side. Above a threshold so near 1 that ``eps`` takes effect, h is
@@ -84,9 +86,12 @@ def spatial_bce_loss(
     _check_maps(logits, labels)
     check_shape("threshold", threshold, logits.shape[:2], "to match logits")
     check_floating("threshold", threshold)
+    if log_floor is not None and not log_floor > 0:
+        raise ValueError(f"log_floor: expected a positive number or None, got {log_floor}")
     x = at_least_float32(logits)
     t = at_least_float32(threshold.detach())[:, :, None, None].clamp(min=min_threshold)
-    cost = torch.where(_present(labels), _distance(x, t, eps)[0], F.softplus(x))
+    absence = F.softplus(x) if log_floor is None else -torch.log((1 - torch.sigmoid(x)).clamp(min=log_floor))
+    cost = torch.where(_present(labels), _distance(x, t, eps)[0], absence)
     return reduce(cost, reduction).to(logits.dtype)
 
 
@@ -96,6 +101,7 @@ class SpatialBCELoss(nn.Module):
     Args:
         min_threshold: thresholds are raised to this at least.
         eps: least divisor above the threshold.
+        log_floor: least :math:`1 - p` under the logarithm of absent classes; 1e-8 in the released code.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Example:
@@ -111,19 +117,33 @@ class SpatialBCELoss(nn.Module):
         True
     """
 
-    def __init__(self, *, min_threshold: float = 1e-4, eps: float = 1e-8, reduction: str = "mean") -> None:
+    def __init__(
+        self,
+        *,
+        min_threshold: float = 1e-4,
+        eps: float = 1e-8,
+        log_floor: float | None = None,
+        reduction: str = "mean",
+    ) -> None:
         super().__init__()
-        self.min_threshold, self.eps, self.reduction = min_threshold, eps, reduction
+        self.min_threshold, self.eps, self.log_floor, self.reduction = min_threshold, eps, log_floor, reduction
 
     def forward(self, logits: Tensor, labels: Tensor, threshold: Tensor) -> Tensor:
         """(B, K, H, W) logits, tags and thresholds -> loss."""
         return spatial_bce_loss(
-            logits, labels, threshold, min_threshold=self.min_threshold, eps=self.eps, reduction=self.reduction
+            logits,
+            labels,
+            threshold,
+            min_threshold=self.min_threshold,
+            eps=self.eps,
+            log_floor=self.log_floor,
+            reduction=self.reduction,
         )
 
     def extra_repr(self) -> str:
         """Show the options."""
-        return f"min_threshold={self.min_threshold}, eps={self.eps}, reduction={self.reduction!r}"
+        options = f"min_threshold={self.min_threshold}, eps={self.eps}, log_floor={self.log_floor}"
+        return f"{options}, reduction={self.reduction!r}"
 
 
 def spatial_bce_threshold_loss(

@@ -180,8 +180,24 @@ def test_batch_without_a_present_class_gives_an_attached_0(loss) -> None:
 def test_certain_pixels_of_an_absent_class_are_pushed_down_with_full_force(dtype: torch.dtype) -> None:
     leaf = one_map(30, 50, dtype=dtype).requires_grad_()
     loss = spatial_bce_loss(leaf, torch.zeros(1, 1), level(0.5), reduction="none")
-    torch.testing.assert_close(loss, leaf.detach())  # the released code: 18.42, and no gradient
+    torch.testing.assert_close(loss, leaf.detach())  # with the released log_floor: 18.42, and no gradient
     torch.testing.assert_close(gradient(loss.sum(), leaf), torch.ones_like(leaf))
+
+
+@given(seeds, st.sampled_from([1.0, 3.0, 20.0]), st.sampled_from([1e-8, 1e-3]))
+def test_log_floor_is_the_released_logarithm_with_its_dead_gradient(seed: int, gain: float, floor: float) -> None:
+    logits, labels = random_case(seed)
+    leaf, t = (gain * logits).requires_grad_(), torch.full(labels.shape, 0.4, dtype=torch.float64)
+    loss = spatial_bce_loss(leaf, labels, t, log_floor=floor, reduction="none")
+    exact = spatial_bce_loss(leaf, labels, t, reduction="none").detach()
+    absent = ~labels[:, :, None, None].expand_as(loss)
+    for value, x in zip(loss[absent].tolist(), leaf[absent].tolist(), strict=True):
+        assert value == pytest.approx(-math.log(max(1 - reference.sigmoid(x), floor)), rel=1e-6, abs=1e-12)
+    torch.testing.assert_close(loss[~absent], exact[~absent], rtol=0, atol=0)
+    grad = gradient(loss.sum(), leaf)
+    below = absent & (1 - leaf.sigmoid() < floor)
+    assert not grad[below].any()
+    assert grad[absent & ~below].all()
 
 
 def test_pixel_whose_probability_rounds_to_1_is_still_raised() -> None:
@@ -320,6 +336,8 @@ def test_messages_name_argument_expected_and_given() -> None:
         spatial_bce_loss(logits.long(), labels, t)
     with pytest.raises(ValueError, match=r"reduction: expected .mean., .sum. or .none., got 'max'"):
         spatial_bce_loss(logits, labels, t, reduction="max")
+    with pytest.raises(ValueError, match=r"log_floor: expected a positive number or None, got 0"):
+        spatial_bce_loss(logits, labels, t, log_floor=0)
     with pytest.raises(ValueError, match=r"threshold_logits: expected shape \(B, K, h, w\), got \(2, 3\)"):
         spatial_bce_threshold_loss(t, labels, logits)
     with pytest.raises(
