@@ -39,7 +39,7 @@ from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, RandomLongSide, TaggedCrops, crop_transform, fit, two_speed_groups
-from recipes.settings.aeft import PRESETS, Config
+from recipes.settings.aeft import PRESETS, Config, TripletConfig
 from wsss_losses import AEFTLoss
 from wsss_modules import DisjointNegatives, GatedPyramidPooling, SoftErase, sample_disjoint_negatives
 
@@ -113,19 +113,23 @@ def negatives_of(run: Run, labels: Tensor) -> DisjointNegatives:
     return DisjointNegatives(*(column[first : first + len(labels)] for column in sampled))
 
 
+def objective(config: TripletConfig, classified: int = 1, sync: bool = False) -> AEFTLoss:
+    return AEFTLoss(
+        attraction_weight=config.attraction,
+        repulsion_weight=config.repulsion,
+        classified=classified,
+        margin=config.margin,
+        threshold=config.exclude,
+        min_hard=config.min_hard,
+        sync=sync,
+    )
+
+
 def train(run: Run, model: PyramidClassifier, config: Config, stage: str) -> None:
     """Train without triplets (stage ``gpp``) or with them."""
     plain = stage == "gpp"
     schedule, several = (config.gpp if plain else config.triplet).schedule, run.fabric.world_size
-    triplet_loss = AEFTLoss(
-        attraction_weight=config.triplet.attraction,
-        repulsion_weight=config.triplet.repulsion,
-        classified=max(1, config.gpp.schedule.batch_size // several),
-        margin=config.triplet.margin,
-        threshold=config.triplet.exclude,
-        min_hard=config.triplet.min_hard,
-        sync=several > 1,
-    )
+    triplet_loss = objective(config.triplet, max(1, config.gpp.schedule.batch_size // several), sync=several > 1)
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor | NamedTuple:
         images, labels = batch["image"], batch["labels"]
@@ -145,6 +149,8 @@ def train(run: Run, model: PyramidClassifier, config: Config, stage: str) -> Non
 
 
 def main(config: Config) -> dict:
+    objective(config.triplet)  # refuses what does not fit before anything is trained, as the next line does
+    rw.check(config.affinity, config.walk, config.gpp.backbone)
     run = start("aeft", config, takes=stages_before(config.gpp))
     classifier = classifier_before(run, config.gpp, config.classify)
 

@@ -29,16 +29,16 @@ from torch import Tensor, nn
 from recipes import rw
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import write_cams
-from recipes.pipeline.classification import ClassifyConfig, make_trunk, tagged_crops, train_classifier
+from recipes.pipeline.classification import ClassifyConfig, check_backbones, make_trunk, tagged_crops, train_classifier
 from recipes.pipeline.labels import measure_cams
-from recipes.pipeline.models import Classifier, Trunk
+from recipes.pipeline.models import Classifier, Trunk, build_trunk
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, fit, two_speed_groups
 from recipes.settings.occse import PRESETS, Config, ErasingConfig
 from wsss_losses import class_specific_erasing_loss
-from wsss_modules import CAMHead, FrozenClassifier, class_specific_erase, sample_erase_class
+from wsss_modules import CAMHead, ClassSpecificErase, FrozenClassifier, sample_erase_class
 
 __all__ = ["PRESETS", "Config", "main"]
 
@@ -67,19 +67,16 @@ def train_learner(run: Run, classifier: Classifier, config: ClassifyConfig, eras
     """Train the second network under the judgement of the first, which stays as it is and outside the checkpoint."""
     trunk = make_trunk(run, config, config.output_stride, classifier.trunk)
     model = Learner(trunk, len(run.dataset.classes), config.dropout)
-    seen_by = {(trunk.mean, trunk.std) for trunk in (model.trunk, classifier.trunk)}
-    if len(seen_by) > 1:
-        raise ValueError(f"learner.backbone: expected the normalisation of the classifier's images, got {seen_by}")
     if config.weights == "classifier":
         model.head.load_state_dict(classifier.head.state_dict())
     judge = FrozenClassifier(classifier, parts=erasing.parts)
+    erase = ClassSpecificErase(normalise=erasing.normalise, sync=run.fabric.world_size > 1)
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> NamedTuple:
         images, labels = batch["image"], batch["labels"]
         logits, cam = model(images)
         picked = sample_erase_class(labels)
-        several = run.fabric.world_size > 1
-        erased = class_specific_erase(cam, picked.erased, images, normalise=erasing.normalise, sync=several)
+        erased = erase(cam, picked.erased, images)
         with run.fabric.autocast():
             judged = judge(erased.images).logits
         progress = at.epoch / max(1, at.epochs - 1)
@@ -91,7 +88,25 @@ def train_learner(run: Run, classifier: Classifier, config: ClassifyConfig, eras
     return model
 
 
+def check(config: Config) -> None:
+    """Refuse what the second network would stumble over, which comes after the training of the first."""
+    if config.learner.weights == "classifier":
+        check_backbones(config.learner.backbone, config.classify.backbone)
+    for name in ("first_weight", "last_weight"):
+        if (weight := getattr(config.erasing, name)) < 0:
+            raise ValueError(f"erasing.{name}: expected at least 0, got {weight}")
+    ClassSpecificErase(normalise=config.erasing.normalise)
+    FrozenClassifier(nn.Identity(), parts=config.erasing.parts)
+    if config.learner.backbone != config.classify.backbone:
+        trunks = [build_trunk(network.backbone, "random") for network in (config.learner, config.classify)]
+        seen_by = {(trunk.mean, trunk.std) for trunk in trunks}
+        if len(seen_by) > 1:
+            raise ValueError(f"learner.backbone: expected the normalisation of the classifier's images, got {seen_by}")
+    rw.check(config.affinity, config.walk, config.learner.backbone)
+
+
 def main(config: Config) -> dict:
+    check(config)
     run = start("occse", config, takes=("classify",))
 
     with run.stage("classify", "Ordinary classifier from tags"):

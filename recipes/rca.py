@@ -88,17 +88,12 @@ class RCA(nn.Module):
             nn.ReLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
         )
-        softmax = config.read_out == "softmax"
-        scale = channels**-0.5 if softmax else config.read_out
-        self.aggregate = SemanticAggregation(channels, config.prototypes, scale=scale, softmax=softmax)
+        self.aggregate = read_out(config)
         self.coarse = class_maps(channels, num_classes, stacks=1)
         self.fine = class_maps(channels, num_classes, stacks=num_classes)
-        legacy = config.legacy_memory
-        self.memory = RegionMemoryBank(
-            num_classes, config.slots, channels, legacy_init=legacy, legacy_intersection=legacy
-        )
+        self.memory = region_memory(config, num_classes)
         nothing = torch.zeros(num_classes, config.prototypes, channels)
-        self.register_buffer("prototypes", torch.randn_like(nothing) if legacy else nothing)
+        self.register_buffer("prototypes", torch.randn_like(nothing) if config.legacy_memory else nothing)
         cells = -(-config.size // trunk.output_stride)
         self.attention = OnlineAttentionAccumulator(labels, (cells, cells))
 
@@ -110,6 +105,17 @@ class RCA(nn.Module):
     def renew_prototypes(self) -> None:
         slots, filled = self.memory.slots, self.memory.filled
         self.prototypes.copy_(kmeans_prototypes(slots, self.prototypes.shape[1], filled))
+
+
+def read_out(config: RCAConfig) -> SemanticAggregation:
+    softmax = config.read_out == "softmax"
+    scale = config.channels**-0.5 if softmax else config.read_out
+    return SemanticAggregation(config.channels, config.prototypes, scale=scale, softmax=softmax)
+
+
+def region_memory(config: RCAConfig, num_classes: int) -> RegionMemoryBank:
+    legacy = config.legacy_memory
+    return RegionMemoryBank(num_classes, config.slots, config.channels, legacy_init=legacy, legacy_intersection=legacy)
 
 
 def class_maps(channels: int, num_classes: int, stacks: int) -> nn.Sequential:
@@ -146,6 +152,7 @@ def train_rca(run: Run, classifier: Classifier | None, config: RCAConfig) -> RCA
         out = model(batch["image"])
         fine = F.multilabel_soft_margin_loss(out.logits, labels)
         coarse = F.multilabel_soft_margin_loss(out.coarse.mean((2, 3)), labels)
+        # also while it weighs nothing: DDP wants to see the embedding's parameters in each step
         contrast = contrast_of(out.embedding, out.coarse, labels, net.memory.slots, net.memory.filled)
         weight = config.contrast if at.epoch >= config.contrast_from else 0.0
         probability, last = out.logits.sigmoid(), at.step + per_epoch >= at.steps
@@ -198,7 +205,16 @@ def write_fused_masks(run: Run, saliency: Callable[[str], np.ndarray], config: C
     refine_masks(run, config.mask_crf, lambda name: mask_of(name, refine=True))
 
 
+def check(config: RCAConfig) -> None:
+    """Refuse what the network would stumble over, which comes after the training of the plain classifier."""
+    region_memory(config, num_classes=1)
+    read_out(config)
+    if config.size < 1:
+        raise ValueError(f"rca.size: expected at least 1 pixel, got {config.size}")
+
+
 def main(config: Config) -> dict:
+    check(config.rca)
     run = start("rca", config, takes=stages_before(config.rca))
     saliency = saliency_unless_none(run, config.saliency)
     classifier = classifier_before(run, config.rca, config.classify)

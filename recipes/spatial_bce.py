@@ -13,10 +13,10 @@ to be searched. The masks of a phase, refined by a CRF, give the priors of the n
     python -m recipes run spatial_bce --preset paper --data voc:PATH --devices 4 ...
 
 The priors of the released first phase come from a file whose making is not documented; here they are those of a plain
-classifier's CAMs after the CRF. The released augmentation is RandAugment on the whole resized image; here it is what
-keeps the priors exact: mirror images and changes of colour. The published schedule, with a new head, takes 17,600 steps
-a phase. In the short phases of the other presets it ends with all pixels below all thresholds, so that they start from
-the plain classifier, head and all.
+classifier's CAMs. The CRF of all masks is IRN's, whose bilateral kernel is 50 pixels wide in place of 40. The released
+augmentation is RandAugment on the whole resized image; here it is what keeps the priors exact: mirror images and
+changes of colour. The published schedule, with a new head, takes 17,600 steps a phase. In the short phases of the other
+presets it ends with all pixels below all thresholds, so that they start from the plain classifier, head and all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import write_maps
-from recipes.pipeline.classification import make_trunk, train_classifier, whole_images
+from recipes.pipeline.classification import check_backbones, make_trunk, train_classifier, whole_images
 from recipes.pipeline.files import load_arrays
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.models import Classifier, Trunk
@@ -148,9 +148,7 @@ def build_net(run: Run, config: Config, before: Classifier | SpatialNet) -> Spat
 @torch.no_grad()
 def start_as_classifier(head: SpatialBCEHead, weight: Tensor) -> None:
     """Let the scores of pixels be the plain classifier's maps before their ReLU: weight (K, D, 1, 1)."""
-    classes, middle = head.classifier.weight.shape[:2]
-    if middle < classes:
-        raise ValueError(f"spatial.mid_channels: expected at least the {classes} classes, got {middle}")
+    classes = len(weight)
     head.reduce.weight[:classes] = weight.to(head.reduce.weight.device) / head.temperature.exp().view(-1, 1, 1, 1)
     head.classifier.weight.zero_()
     head.classifier.weight[:, :classes, 0, 0] = torch.eye(classes)
@@ -168,8 +166,7 @@ def train_phase(run: Run, stage: str, before: Classifier | SpatialNet, priors: T
         out, labels, prior = model(batch["image"]), batch["labels"], priors[batch["index"]]
         kl = ratio_loss(out.logits, labels, prior)
         if alternation.is_network_step(at.step):
-            threshold = rank_threshold(out.logits.sigmoid(), prior)
-            spatial = network_loss(out.logits, labels, threshold)
+            spatial = network_loss(out.logits, labels, rank_threshold(out.logits.sigmoid(), prior))
             spatial = spatial + 0 * out.threshold_logits.mean()  # DDP wants to see all parameters in each step
         else:
             spatial = threshold_loss(out.threshold_logits, labels, out.logits)
@@ -214,7 +211,15 @@ def learnt_mask(run: Run, name: str) -> Tensor:
 
 
 def main(config: Config) -> dict:
+    if config.spatial.weights == "classifier":
+        check_backbones(config.spatial.backbone, config.classify.backbone)
+    AlternatingSchedule(config.spatial.cycle, config.spatial.network_steps)  # which refuses impossible cycles
+    if config.spatial.phases < 1:
+        raise ValueError(f"spatial.phases: expected at least 1, got {config.spatial.phases}")
     run = start("spatial_bce", config, takes=("classify",))
+    classes, middle = len(run.dataset.classes), config.spatial.mid_channels
+    if config.spatial.weights == "classifier" and middle < classes:
+        raise ValueError(f"spatial.mid_channels: expected at least the {classes} classes, got {middle}")
 
     with run.stage("classify", "Classifier from tags"):
         model: Classifier | SpatialNet = train_classifier(run, config.classify)

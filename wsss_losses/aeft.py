@@ -186,7 +186,7 @@ def erasing_repulsion_loss(
 
     Raises:
         TypeError: a map is not floating point, or ``negative_index`` does not hold integers.
-        ValueError: a wrong shape.
+        ValueError: a wrong shape, or a negative ``margin`` or ``min_hard``.
 
     Paper:
         Yoon, Kweon, Cho, Kim and Yoon, "Adversarial Erasing Framework via Triplet with Gated Pyramid Pooling Layer for
@@ -216,10 +216,7 @@ def erasing_repulsion_loss(
         tensor(6.)
     """
     _check_triplets(gpp, cam, labels, negative_index, valid)
-    if margin < 0:
-        raise ValueError(f"margin: expected at least 0, got {margin}")
-    if min_hard < 0:
-        raise ValueError(f"min_hard: expected at least 0, got {min_hard}")
+    _check_hardness(margin, min_hard)
     present = labels > 0
     dtype = torch.promote_types(gpp.dtype, torch.float32)
     relative = gpp.to(dtype)
@@ -279,6 +276,7 @@ class ErasingRepulsionLoss(nn.Module):
         sync: bool = False,
     ) -> None:
         super().__init__()
+        _check_hardness(margin, min_hard)
         self.margin, self.threshold, self.negative_threshold = margin, threshold, negative_threshold
         self.min_hard, self.eps, self.sync = min_hard, eps, sync
 
@@ -366,7 +364,7 @@ def aeft_loss(
 
     Raises:
         TypeError: a map is not floating point, or negatives are no integers.
-        ValueError: a wrong shape, or ``classified`` below 1.
+        ValueError: a wrong shape, ``classified`` below 1, or a negative ``margin`` or ``min_hard``.
 
     Paper:
         Yoon, Kweon, Cho, Kim and Yoon, "Adversarial Erasing Framework via Triplet with Gated Pyramid Pooling Layer for
@@ -395,8 +393,7 @@ def aeft_loss(
     check_floating("logits", logits)
     check_shape("logits", logits, (None, None), "(B, K)")
     check_shape("labels", labels, logits.shape, "to match logits")
-    if classified is not None and classified < 1:
-        raise ValueError(f"classified: expected at least 1, got {classified}")
+    _check_classified(classified)
     scores = at_least_float32(logits[:classified])
     costs = F.binary_cross_entropy_with_logits(scores, labels[:classified].to(scores.dtype), reduction="none")
     cost, count = sum_over_processes(torch.stack([costs.sum(), costs.new_tensor(costs.numel())]), sync).unbind()
@@ -444,6 +441,8 @@ class AEFTLoss(nn.Module):
         sync: bool = False,
     ) -> None:
         super().__init__()
+        _check_hardness(margin, min_hard)
+        _check_classified(classified)
         self.attraction_weight, self.repulsion_weight, self.classified = attraction_weight, repulsion_weight, classified
         self.margin, self.threshold, self.min_hard, self.sync = margin, threshold, min_hard, sync
 
@@ -495,6 +494,18 @@ def _check_triplets(gpp: Tensor, cam: Tensor, labels: Tensor, negative_index: Te
     check_shape("valid", valid, gpp.shape[:1], "to match gpp")
     if valid.dtype != torch.bool:
         raise TypeError(f"valid: expected a bool tensor, got {valid.dtype}")
+
+
+def _check_hardness(margin: float, min_hard: int) -> None:
+    if margin < 0:
+        raise ValueError(f"margin: expected at least 0, got {margin}")
+    if min_hard < 0:
+        raise ValueError(f"min_hard: expected at least 0, got {min_hard}")
+
+
+def _check_classified(classified: int | None) -> None:
+    if classified is not None and classified < 1:
+        raise ValueError(f"classified: expected at least 1, got {classified}")
 
 
 def _mean_below(values: Tensor, activation: Tensor, threshold: float, present: Tensor, eps: float) -> Tensor:

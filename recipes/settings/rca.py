@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from recipes.pipeline.classification import ClassifyConfig
 from recipes.pipeline.run import RunConfig
@@ -29,8 +30,8 @@ class RCAConfig:
     """Slots a class of the memory: about as many as the median class has images, which are 500 on VOC."""
     prototypes: int = 10
     """Prototypes a class that pixels read."""
-    read_out: str = "softmax"
-    """How pixels read prototypes: released (a sum that grows with the cube of the features), mean or softmax."""
+    read_out: Literal["released", "mean", "softmax"] = "softmax"
+    """How pixels read prototypes: a sum as released, which grows with the cube of the features, a mean, a softmax."""
     legacy_memory: bool = False
     """Start the memory from noise and pool over intersections, as the released code does."""
     size: int = 128

@@ -1,6 +1,8 @@
 """Spatial-BCE's phases hand on how much of each image a class covers."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,3 +53,24 @@ def test_a_class_that_the_masks_have_lost_keeps_the_prior_of_the_phase_before(ru
 def test_a_class_without_any_mask_is_not_taught_to_be_nowhere(run: Run) -> None:
     write(run, 1, 0.25, run.train[0])
     torch.testing.assert_close(priors(run, 1, least_prior=0.125)[0], 0.125 * tags(run)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": "resnet18"}, "weights: expected those of resnet18, got a classifier with tf_efficientnet_lite0"),
+        ({"cycle": 0}, "cycle: expected at least 1 step, got 0"),
+        ({"network_steps": 5}, "network_steps: expected 0..4, the steps of a cycle, got 5"),
+        ({"phases": 0}, "spatial.phases: expected at least 1, got 0"),
+        ({"mid_channels": 2}, r"spatial.mid_channels: expected at least the \d classes, got 2"),
+    ],
+    ids=["backbone", "cycle", "network-steps", "phases", "mid-channels"],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_trained(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    tiny = spatial_bce.PRESETS["tiny"]
+    config = replace(tiny, out=tmp_path / "run", workers=0, accelerator="cpu", spatial=replace(tiny.spatial, **options))
+    with pytest.raises(ValueError, match=message):
+        spatial_bce.main(config)
+    assert not (tmp_path / "run" / "checkpoints").exists()
