@@ -193,8 +193,9 @@ def erasing_repulsion_loss(
         Weakly Supervised Semantic Segmentation", ECCV 2022.
 
     Differences:
-        The released code counts cells in double precision. It has no ``valid``: where an image of the batch has no
-        partner, it pairs images wrongly, see `wsss_modules.sample_disjoint_negatives`.
+        The released code counts cells in single precision whatever the maps have, which in double precision makes a
+        relative difference of 1e-7. It has no ``valid``: where an image of the batch has no partner, it pairs images
+        wrongly, see `wsss_modules.sample_disjoint_negatives`.
 
     Notes:
         The total jumps as the number of hard anchors passes ``min_hard``, and depends on the batch, not on its images

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -6,9 +8,11 @@ from torch import Tensor, nn
 
 from tests.modules import reference_aeft
 from wsss_losses import (
+    AEFTLoss,
     ErasingAttractionLoss,
     ErasingRepulsionLoss,
     ErasingRepulsionTerms,
+    aeft_loss,
     erasing_attraction_loss,
     erasing_repulsion_loss,
 )
@@ -198,6 +202,24 @@ def test_an_image_without_a_label_is_neither_anchor_nor_negative(empty: int) -> 
     torch.testing.assert_close(terms.total, (0.5 - with_it.distance[kept]).mean())
 
 
+@pytest.mark.parametrize("classified", [None, 1, 4, 6, 99])
+def test_the_objective_weighs_three_terms_of_which_one_sees_the_first_images_only(classified: int | None) -> None:
+    (gpp, cam), masked, logits = maps(), random_map(6, 3, 7, 3, seed=5), random_map(6, 3, seed=6)
+    terms = aeft_loss(logits, gpp, masked, cam, LABELS, NEGATIVES, classified=classified)
+    costs = [
+        math.log1p(math.exp(-score if tag else score))
+        for scores, tags in list(zip(logits.tolist(), LABELS.tolist(), strict=True))[:classified]
+        for score, tag in zip(scores, tags, strict=True)
+    ]
+    assert terms.classification.item() == pytest.approx(sum(costs) / len(costs))
+    torch.testing.assert_close(terms.attraction, erasing_attraction_loss(gpp, masked, LABELS))
+    repulsion = erasing_repulsion_loss(gpp, cam, LABELS, NEGATIVES)
+    torch.testing.assert_close((terms.repulsion, terms.hard), (repulsion.total, repulsion.hard))
+    assert terms.repulsion > 0
+    weighted = terms.classification + 0.2 * terms.attraction + 0.15 * terms.repulsion
+    torch.testing.assert_close(terms.total, weighted)
+
+
 def test_sampled_negatives_fit_the_loss() -> None:
     gpp, cam = maps()
     generator = torch.Generator().manual_seed(0)
@@ -283,6 +305,17 @@ def test_repulsion_rejects_options_out_of_range(option: dict[str, float], messag
     gpp = torch.zeros(2, 2, 3, 3)
     with pytest.raises(ValueError, match=message):
         erasing_repulsion_loss(gpp, gpp, torch.eye(2), torch.tensor([1, 0]), **option)
+    for criterion in (ErasingRepulsionLoss, AEFTLoss):
+        with pytest.raises(ValueError, match=message):
+            criterion(**option)
+
+
+def test_no_image_to_classify_is_refused() -> None:
+    gpp, message = torch.zeros(2, 2, 3, 3), "classified: expected at least 1, got 0"
+    with pytest.raises(ValueError, match=message):
+        aeft_loss(torch.zeros(2, 2), gpp, gpp, gpp, torch.eye(2), torch.tensor([1, 0]), classified=0)
+    with pytest.raises(ValueError, match=message):
+        AEFTLoss(classified=0)
 
 
 def test_repulsion_of_empty_maps_is_finite_without_eps() -> None:

@@ -68,7 +68,8 @@ def responses(gpp: Tensor, labels: Tensor) -> Tensor:
 def full_update(case: Case) -> dict[str, Tensor]:
     """The toy network is one convolution; of the images, the first 8 are classified, as the notes of the files say."""
     call, images, labels = case.call, case.leaf("in.img"), case.inputs["in.label"]
-    (_, attraction, repulsion), (erase, exclude) = call["W"], call["TH"]
+    (classify, *pull_and_push), (erase, exclude) = call["W"], call["TH"]
+    attraction, repulsion = (weight * (call["epo"] >= call["T"]) for weight in pull_and_push)
     kernel = case.params["param.f.weight"]
     stride = int(re.search(r"stride-(\d+)", call["toy_net"])[1])
     net = nn.ModuleDict(
@@ -84,8 +85,9 @@ def full_update(case: Case) -> dict[str, Tensor]:
     options = {"attraction_weight": attraction, "repulsion_weight": repulsion, "margin": call["M"], "classified": 8}
     criterion = losses.AEFTLoss(**options, threshold=exclude)
     terms = criterion(logits, gpp, masked, cam, labels, case.inputs["in.negative_index"])
+    total = terms.total + (classify - 1) * terms.classification
     return {
-        "out.loss": terms.total,
+        "out.loss": total,
         "out.loss_cls": terms.classification,
         "out.loss_attract": attraction * terms.attraction,
         "out.loss_repulse": repulsion * terms.repulsion,
@@ -97,7 +99,7 @@ def full_update(case: Case) -> dict[str, Tensor]:
         "out.gpp": gpp,
         "out.gpp_masked": masked,
         "out.mask_positive": mask,
-        **case.grads(terms.total),
+        **case.grads(total),
     }
 
 

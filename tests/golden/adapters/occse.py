@@ -1,5 +1,7 @@
 """OC-CSE: one frozen toy classifier without a head, views numbered with the mirrored ones odd, 0-based classes."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +17,9 @@ def class_specific_erasing(case: Case) -> dict[str, Tensor]:
     picked = modules.sample_erase_class(labels, index=case.inputs["in.label_mask"].argmax(1))
     torch.testing.assert_close(picked.remaining, case.inputs["in.label_remain"], rtol=0, atol=0)
     mask, erased = modules.class_specific_erase(cam, picked.erased, images, eps=call["eps"])
-    size = kernel.shape[2:]  # the toy classifier is a convolution of stride 2, padded on both sides
-    net = nn.Conv2d(kernel.shape[1], kernel.shape[0], size, stride=2, padding=[side // 2 for side in size], bias=False)
+    size, stride = kernel.shape[2:], int(re.search(r"stride-(\d+)", call["toy_classifier"])[1])
+    padding = [side // 2 for side in size]
+    net = nn.Conv2d(kernel.shape[1], kernel.shape[0], size, stride, padding, bias=False)
     judge = modules.FrozenClassifier(case.load(net, lambda name: name.removeprefix("f.")))
     erased_logits = judge(erased).mean((2, 3))
     terms = losses.class_specific_erasing_loss(
