@@ -16,7 +16,8 @@ This is supervision by image tags *and* saliency maps: compare it with systems t
 ``--saliency``, or from the data set; with ``none`` the masks are the attention maps above ``--threshold``.
 
 ``paper`` trains as published but for the learning rate, which follows the poly schedule of all recipes here instead of
-falling to a tenth at epochs 5 and 10 of 30, without Nesterov's momentum; and images are shuffled.
+falling to a tenth at epochs 5 and 10 of 30, without Nesterov's momentum; images are shuffled; and the logarithm of the
+contrast is exact.
 """
 
 from __future__ import annotations
