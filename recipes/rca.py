@@ -217,6 +217,10 @@ def check(config: RCAConfig) -> None:
 def main(config: Config) -> dict:
     check(config.rca)
     run = start("rca", config, takes=stages_before(config.rca))
+    if len(run.dataset.classes) < 2:
+        raise ValueError(
+            "classes: expected at least 2, since a region is where a class has more than its mean share, got 1"
+        )
     saliency = saliency_unless_none(run, config.saliency)
     classifier = classifier_before(run, config.rca, config.classify)
 

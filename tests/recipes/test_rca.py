@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recipes import rca
+from recipes.pipeline.data.drawing import CLASSES
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.training import Schedule, fit
 
@@ -111,3 +112,10 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_trained(
     with pytest.raises(ValueError, match=message):
         rca.main(replace(tiny, out=tmp_path / "run", rca=replace(tiny.rca, **options)))
     assert not (tmp_path / "run").exists()
+
+
+def test_one_class_has_no_region_and_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    config = replace(rca.PRESETS["tiny"], out=tmp_path / "run", workers=0, accelerator="cpu", classes=CLASSES[0])
+    with pytest.raises(ValueError, match="classes: expected at least 2, since a region is where a class has more than"):
+        rca.main(config)
+    assert not (tmp_path / "run" / "checkpoints").exists()
