@@ -65,6 +65,7 @@ class TokenEncoder(nn.Module):
         exists. Both parameters start from a normal distribution of deviation 0.02, cut off at 2.
 
     Example:
+        >>> from wsss_modules import TransformerBlock, tokens_to_map
         >>> patches = nn.Conv2d(3, 24, 16, stride=16)
         >>> encoder = TokenEncoder(patches, [TransformerBlock(24, 3) for _ in range(2)], 24, num_prefix=1, grid=(2, 2))
         >>> out = encoder(torch.rand(2, 3, 40, 64))
@@ -164,6 +165,7 @@ def token_encoder_from_vit(
         ValueError: ``num_class_tokens`` is below 1.
 
     Example:
+        >>> from wsss_modules import TransformerBlock
         >>> vit = nn.Module()  # what timm.create_model("deit_small_patch16_224", pretrained=True) has, but smaller
         >>> vit.patch_embed = nn.Module()
         >>> vit.patch_embed.proj, vit.patch_embed.grid_size = nn.Conv2d(3, 24, 16, stride=16), (2, 2)
