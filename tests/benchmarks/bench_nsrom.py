@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -89,26 +90,13 @@ def main() -> None:
     def evaluate(form: Callable[[GlobalReasoningUnit, Tensor], Tensor]) -> list[Tensor]:
         return [form(unit, features)]
 
-    unit.eval()
-    rows += compare(
-        f"reasoning-{size}",
-        {
-            "reordered": lambda: evaluate(lambda unit, x: unit(x)),
-            "as-written": lambda: evaluate(reference_graph.global_reasoning),
-        },
-        options.repeat,
-        device,
-    )
-    unit.train()
-    rows += compare(
-        f"training-{size}",
-        {
-            "reordered": lambda: step(lambda unit, x: unit(x)),
-            "as-written": lambda: step(reference_graph.global_reasoning),
-        },
-        options.repeat,
-        device,
-    )
+    for case, training, run in (("reasoning", False, evaluate), ("training", True, step)):
+        unit.train(training)
+        forms = {
+            "reordered": partial(run, lambda unit, x: unit(x)),
+            "as-written": partial(run, reference_graph.global_reasoning),
+        }
+        rows += compare(f"{case}-{size}", forms, options.repeat, device)
     report("NSROM", rows, options.json, device)
 
 

@@ -88,7 +88,7 @@ def test_a_confidence_that_almost_vanishes_keeps_a_finite_gradient(above: float)
     (grad,) = torch.autograd.grad(terms.total, leaf)
     assert grad.isfinite().all()
     noisy = float(terms.noisy.detach())
-    assert noisy == 0 or noisy == pytest.approx(20 * (1.5 - above), rel=1e-3)
+    assert noisy == 0 or noisy == pytest.approx(20 * (1.5 - above), rel=1e-6)  # 4e-8 measured
 
 
 @given(st.integers(0, 99), st.sampled_from([0.0, 0.5, 7.0]))

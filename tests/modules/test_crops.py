@@ -118,7 +118,7 @@ def test_bins_of_one_cell_have_one_point_at_any_stride_and_place(stride: float) 
     left, row = place.floor().long(), features.double().flatten()
     between = torch.lerp(row[left], row[(left + 1).clamp(max=39)], place - left)
     read = crop_align(features, boxes, (1, 16), stride=stride)[:, 0, 0]
-    torch.testing.assert_close(read.double(), between, rtol=0, atol=1e-4)
+    torch.testing.assert_close(read.double(), between, rtol=0, atol=2e-5)  # 8e-6 measured, places being float32
 
 
 @pytest.mark.peer
