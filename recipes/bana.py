@@ -148,7 +148,7 @@ class TwoLabelCrops(Dataset):
         return {"image": image.as_subclass(Tensor), "mask": both.as_subclass(Tensor).long()}
 
 
-def criterion_of(config: Config, **options: bool) -> NoiseAwareLoss:
+def objective(config: Config, **options: bool) -> NoiseAwareLoss:
     """The noise-aware loss of the segmentation network."""
     return NoiseAwareLoss(temperature=config.temperature, gamma=config.gamma, lam=config.lam, **options)
 
@@ -158,7 +158,7 @@ def train_segmentation(run: Run, config: Config) -> CosineSegmenter:
     settings = config.segment if run.config.max_steps is None else replace(config.segment, weights="random")
     model = CosineSegmenter(settings, 1 + len(run.dataset.classes), temperature=config.temperature)
     transform = crop_transform(RandomScale(*settings.scale), settings.crop, model.mean, model.std)
-    criterion = criterion_of(config, sync=run.fabric.world_size > 1)
+    criterion = objective(config, sync=run.fabric.world_size > 1)
 
     def loss_of(network: nn.Module, batch: dict[str, Tensor], at: Moment) -> NoiseAwareTerms:
         y_crf, y_ret = batch["mask"].unbind(1)
@@ -170,7 +170,7 @@ def train_segmentation(run: Run, config: Config) -> CosineSegmenter:
 
 
 def main(config: Config) -> dict:
-    criterion_of(config)  # tells a wrong option before anything is trained
+    objective(config)  # tells a wrong option before anything is trained
     run = start("bana", config, takes=())
     boxes = boxes_for(run, config.boxes)
 

@@ -159,7 +159,7 @@ def read_objects(run: Run, name: str, count: int) -> list[Tensor]:
     return [torch.from_numpy(stored[f"object_{k}"]) for k in range(count)]
 
 
-def check_options(config: Config) -> None:
+def check(config: Config) -> None:
     """Tell a wrong option of a later stage before the detector is trained."""
     explain, masks = config.explain, config.masks
     if min(explain.at_once, explain.proposals, explain.positives) < 1:
@@ -172,7 +172,7 @@ def check_options(config: Config) -> None:
 
 
 def main(config: Config) -> dict:
-    check_options(config)
+    check(config)
     run = start("bbam", config, takes=())
     boxes = boxes_for(run, config.boxes)
 

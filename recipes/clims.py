@@ -88,7 +88,7 @@ def prompts_for(run: Run, config: MatchingConfig) -> PromptSet:
     return prompts if config.backgrounds is None else replace(prompts, backgrounds=config.backgrounds)
 
 
-def objective_of(config: MatchingConfig, **options: Any) -> CLIMSLoss | CLIMSCameraReadyLoss:
+def objective(config: MatchingConfig, **options: Any) -> CLIMSLoss | CLIMSCameraReadyLoss:
     """The objective of a run, which refuses weights and a slope that it can't have."""
     weights = dict(zip(WEIGHTS, config.weights or PUBLISHED[config.objective], strict=True))
     options |= {"positive": config.positive, "leak": config.leak, **weights}
@@ -111,7 +111,7 @@ def train_clims(
     if renormalize and norms[0] != norms[1]:
         options |= {"image_norm": norms[0], "encoder_norm": norms[1]}
     threshold = similarity["of_tags"] if config.threshold is None else config.threshold
-    loss = objective_of(replace(config, threshold=threshold), **options)
+    loss = objective(replace(config, threshold=threshold), **options)
     if config.objective == "root":
         texts = bank.class_features, bank.background_features
     else:
@@ -126,7 +126,7 @@ def train_clims(
 
 
 def main(config: Config) -> dict:
-    objective_of(config.clims)  # refuses options before any work is done
+    objective(config.clims)  # refuses options before any work is done
     run = start("clims", config, takes=("classify",))
 
     with run.stage("critic", "Image-text model"):

@@ -72,7 +72,7 @@ class EPSNet(nn.Module):
         return EPSOutput(logits, scores.softmax(1)[:, 1:], scores)
 
 
-def objective_of(config: Config) -> EPSLoss:
+def objective(config: Config) -> EPSLoss:
     """The objective of a run, which refuses options that it can't have."""
     return EPSLoss(threshold=config.overlap, foreground_weight=config.foreground_weight)
 
@@ -82,7 +82,7 @@ def train_eps(run: Run, config: Config, saliency: Callable[[str], np.ndarray]) -
     options = config.eps
     trunk = make_trunk(run, options, options.output_stride)
     net = EPSNet(trunk, len(run.dataset.classes))
-    criterion = objective_of(config)
+    criterion = objective(config)
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> EPSTerms:
         out, salient = model(batch["image"]), batch["saliency"]
@@ -98,7 +98,7 @@ def train_eps(run: Run, config: Config, saliency: Callable[[str], np.ndarray]) -
 
 
 def main(config: Config) -> dict:
-    objective_of(config)  # refuses options before any work is done
+    objective(config)  # refuses options before any work is done
     run = start("eps", config, takes=())
     saliency = saliency_source(run, config.saliency)
 
