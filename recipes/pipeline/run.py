@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from recipes.pipeline.checks import check_settings
 from recipes.pipeline.data import ImageSet, load_dataset
 from recipes.pipeline.evaluation import Measurement
 from recipes.pipeline.files import ANEW, read_metrics, read_settings, replacing
@@ -286,8 +287,10 @@ def start(recipe: str, config: RunConfig, takes: Sequence[str] = ("classify", "c
         takes: stages that ``--reuse`` takes over: the classifier, and the CAMs where they are the plain classifier's.
 
     Raises:
-        ValueError: a run folder made with other settings, or bad data (see :func:`load_dataset`).
+        ValueError: settings that can't be (see :func:`check_settings`), a run folder made with other ones, or bad
+            data (see :func:`load_dataset`).
     """
+    check_settings(config)
     dataset = load_dataset(
         config.data,
         classes=config.classes.split(",") if config.classes else None,

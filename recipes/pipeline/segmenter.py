@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import segmentation_models_pytorch as smp
 import timm
@@ -28,8 +29,8 @@ from wsss_modules import DEEPLAB_CRF, CosineClassifier
 class SegmentConfig:
     """The segmentation network, its training and its test."""
 
-    architecture: str = "deeplabv3plus"
-    """deeplabv3plus, deeplabv2 or largefov."""
+    architecture: Literal["deeplabv3plus", "deeplabv2", "largefov"] = "deeplabv3plus"
+    """DeepLabV3+ with a decoder; the four dilated branches of DeepLabV2; or DeepLab-LargeFOV, one branch."""
     encoder: str = "tf_efficientnet_lite0"
     """timm backbone (deeplabv2 and largefov: also resnet38)."""
     weights: str = "imagenet"

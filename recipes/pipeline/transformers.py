@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from recipes.pipeline.models import Trunk, build_trunk, freeze_stages, load_weights
+from recipes.pipeline.models import Trunk, build_trunk, check_name, freeze_stages, load_weights
 from wsss_modules import TokenEncoder, Tokens, TransformerBlock, token_encoder_from_vit
 
 HYBRID = "hybrid:"
@@ -123,9 +123,7 @@ def build_token_trunk(
     if config.backbone.startswith(HYBRID):
         return _hybrid(config, class_tokens or 0, final_norm, pos_offset)
     name = config.backbone
-    if name not in timm.list_models(name):
-        near = timm.list_models(f"*{name[:5]}*")[:5]
-        raise ValueError(f"backbone: {name!r} is not a timm model" + (f"; did you mean one of {near}?" if near else ""))
+    check_name(name)
     vit = timm.create_model(name, num_classes=0, drop_path_rate=config.drop_path)
     load_weights(vit, name, config.weights)
     encoder = token_encoder_from_vit(vit, class_tokens, final_norm=final_norm, pos_offset=pos_offset)

@@ -73,7 +73,7 @@ PRESETS = {
             scale=(0.5, 1.0),
             crop=224,
             label_scale=1.0,
-            schedule=Schedule(epochs=5, batch_size=16, lr=0.02, head_lr=0.2),
+            schedule=Schedule(epochs=5, batch_size=16, lr=0.005, head_lr=0.05),  # diverged at 0.02 and 0.2
         ),
         segment=SEGMENT["small"],
     ),

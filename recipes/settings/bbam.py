@@ -66,16 +66,16 @@ class Config(RunConfig):
 
 PRESETS = {
     "demo": Config(),
-    # 405 steps for the detector, as cam's classifier has, and cam's segmentation; cells and blur shrink from the short
-    # side of 800 pixels that they were published for to 256 and to VOC's 375
+    # 405 steps of 224 pixels for the detector, as cam's classifier has, and cam's segmentation; cells and blur shrink
+    # from the short side of 800 pixels that they were published for to 224 and to VOC's 375
     "small": Config(
         detect=DetectConfig(
             frozen_stages=4,
-            anchors=(32, 80, 160),
-            size=256,
+            anchors=(28, 70, 140),
+            size=224,
             schedule=Schedule(epochs=5, batch_size=16, lr=0.01, head_lr=0.05),
         ),
-        explain=ExplainConfig(stride=(8.0, 16.0)),
+        explain=ExplainConfig(stride=(7.0, 14.0)),
         masks=MaskConfig(blur=(16.0, 48.0)),
         segment=SEGMENT["small"],
     ),

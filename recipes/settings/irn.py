@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from recipes.pipeline.cams import CamConfig
@@ -87,9 +87,8 @@ PRESETS = {
         ),
         segment=SEGMENT["small"],
     ),
-    # Only the last two stages of the classifier learn, as the released network detaches its second stage.
     "paper": Config(
-        classify=replace(CLASSIFY["paper"], frozen_stages=3),
+        classify=CLASSIFY["paper"],
         cams=CAMS["paper"],
         threshold=0.15,
         relation=RelationConfig(

@@ -29,7 +29,7 @@ CLASSIFY = {
     "paper": ClassifyConfig(
         backbone="resnet50-irn",
         output_stride=16,
-        frozen_stages=1,
+        frozen_stages=3,  # IRN cuts the gradient behind layer2
         long_side=(320, 640),
         crop=512,
         schedule=Schedule(epochs=5, batch_size=16, lr=0.1, head_lr=1.0, momentum=1e-4),

@@ -66,9 +66,8 @@ PRESETS = {
         walk=sharpened(irn.PRESETS["small"].walk),
         segment=SEGMENT["small"],
     ),
-    # Only the last two stages of the backbone learn, as the released network detaches its second stage.
     "paper": Config(
-        classify=replace(CLASSIFY["paper"], frozen_stages=3),
+        classify=CLASSIFY["paper"],
         explore=ExploreConfig(bg_weight=0.5),
         cams=CAMS["paper"],
         relation=irn.PRESETS["paper"].relation,

@@ -36,13 +36,6 @@ def test_one_step_writes_the_plain_cam_and_more_steps_another(tmp_path: Path) ->
         assert np.abs(three.cam - plain.cam).max() > 1e-3
 
 
-def test_a_wrong_climb_is_told_before_anything_is_done(tmp_path: Path) -> None:
-    config = replace(advcam.PRESETS["tiny"], out=tmp_path / "run", climb=advcam.ClimbConfig(steps=0))
-    with pytest.raises(ValueError, match="steps: expected at least 1"):
-        advcam.main(config)
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_published_preset_climbs_as_released() -> None:
     climb, cams = advcam.PRESETS["paper"].climb, advcam.PRESETS["paper"].cams
     assert (climb.steps, climb.step_size, climb.ad_coeff, climb.threshold) == (27, 0.08, 7.0, 0.5)

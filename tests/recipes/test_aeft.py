@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,27 +32,3 @@ def test_too_many_classes_for_the_head_are_told(tmp_path: Path) -> None:
     model = aeft.PyramidClassifier(classifier.trunk, len(run.dataset.classes), SoftErase(), width=3)
     with pytest.raises(ValueError, match="classes: expected at most 1 for a head of 3"):
         model.start_as(classifier)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"margin": -0.1}, "margin: expected at least 0, got -0.1"),
-        ({"min_hard": -1}, "min_hard: expected at least 0, got -1"),
-    ],
-    ids=["margin", "min-hard"],
-)
-def test_options_that_do_not_fit_are_refused_before_anything_is_trained(
-    options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    tiny = aeft.PRESETS["tiny"]
-    with pytest.raises(ValueError, match=message):
-        aeft.main(replace(tiny, out=tmp_path / "run", triplet=replace(tiny.triplet, **options)))
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_impossible_walk_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    tiny = aeft.PRESETS["tiny"]
-    with pytest.raises(ValueError, match="steps: expected"):
-        aeft.main(replace(tiny, out=tmp_path / "run", walk=replace(tiny.walk, steps=-1)))
-    assert not (tmp_path / "run").exists()

@@ -102,25 +102,6 @@ def test_when_a_step_learns_from_which_labels(tmp_path: Path, monkeypatch: pytes
     assert [bool(t.segmentation > 0) for t in terms] == [False, False, True, True, False]
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"low": 0.6}, "afa.low: expected at most afa.high = 0.55, got 0.6"),
-        ({"par_steps": -1}, "num_iter, w1: expected at least 0"),
-        ({"dilations": ()}, "dilations: expected at least one number of pixels"),
-        ({"radius": -1}, "radius: expected at least 0 or None, got -1"),
-        ({"seg_weight": -0.1}, "seg_weight: expected at least 0, got -0.1"),
-        ({"cam_scales": ()}, r"afa.cam_scales: expected at least one size, each above 0, got \(\)"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_wrong_settings_are_told_before_the_training(settings: dict, message: str, tmp_path: Path) -> None:
-    tiny = afa.PRESETS["tiny"]
-    with pytest.raises(ValueError, match=message):
-        afa.main(replace(tiny, out=tmp_path / "run", afa=replace(tiny.afa, **settings)))
-    assert not (tmp_path / "run").exists()
-
-
 def test_masks_walk_at_size_1_and_labels_of_a_step_at_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
     config = afa.AFAConfig(cam_scales=(1.0, 1.5, 0.5), decoder_dim=8)
     model, grids = afa.AFANet(AttendingTrunk(HYBRID), 3, config).eval(), []

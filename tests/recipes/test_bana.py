@@ -39,13 +39,6 @@ def test_the_segmentation_network_ends_in_cosines(architecture: str) -> None:
     assert (crf.bilateral_weight, crf.gaussian_weight) == (4, 3)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"gamma": -1.0}, {"lam": -0.1}])
-def test_a_wrong_option_of_the_last_stage_is_told_before_the_first(wrong: dict[str, float], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"^{next(iter(wrong))}: expected"):
-        bana.main(replace(TINY, out=tmp_path / "run", accelerator="cpu", **wrong))
-    assert not (tmp_path / "run").exists()
-
-
 def test_both_labels_are_cut_alike(run: Run) -> None:
     for name in run.train:
         mask = np.random.default_rng(0).integers(0, 3, run.dataset.size(name)).astype(np.uint8)

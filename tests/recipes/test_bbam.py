@@ -69,25 +69,6 @@ def test_the_strides_of_the_pyramid_must_be_those_of_the_trunk() -> None:
         Detector(build_trunk("tf_efficientnet_lite0", "random"), 6, replace(TINY.detect, strides=(8, 64)))
 
 
-@pytest.mark.parametrize(
-    ("part", "wrong", "message"),
-    [
-        ("explain", {"lr": -1.0}, r"^lr: expected at least 0"),
-        ("explain", {"stride": (0.0, 10.0)}, r"^smallest, growth: expected above 0"),
-        ("explain", {"at_once": 0}, r"^explain: expected at least 1 of at_once"),
-        ("masks", {"strict": 85.0}, r"^theta: expected a number in \[0, 1\], got 85"),
-        ("mask_head", {"threshold": 9.0}, r"^threshold: expected a number in \[0, 1\]"),
-    ],
-)
-def test_a_wrong_option_of_a_later_stage_is_told_before_the_first(
-    part: str, wrong: dict[str, object], message: str, tmp_path: Path
-) -> None:
-    config = replace(TINY, out=tmp_path / "run", accelerator="cpu", **{part: replace(getattr(TINY, part), **wrong)})
-    with pytest.raises(ValueError, match=message):
-        bbam.main(config)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.slow
 def test_objects_become_maps_and_masks(run: Run, detector: Detector) -> None:
     boxes = read_boxes(run.dataset, run.train, optional=run.val)

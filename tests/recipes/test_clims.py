@@ -203,20 +203,6 @@ def test_captions_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.Monk
             train_on_captions(run, Schedule(epochs=1, batch_size=4, lr=0.01, head_lr=0.1), 64)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"weights": (10.0, -24.0, 1.0, 0.2)}, "background_weight: expected at least 0, got -24"),
-        ({"objective": "camera_ready", "leak": -1.0}, "leak: expected at least 0, got -1"),
-    ],
-)
-def test_options_are_refused_before_any_work_is_done(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    tiny = clims.PRESETS["tiny"]
-    with pytest.raises(ValueError, match=message):
-        clims.main(replace(tiny, out=tmp_path / "run", clims=replace(tiny.clims, **options)))
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("spec", ["no_such_module:pair", "tests.recipes.test_clims:no_such_pair", ":pair"])
 def test_models_of_ones_own_that_are_not_there_are_named(spec: str) -> None:
     with pytest.raises(ValueError, match=f"critic.model: expected MODULE:FUNCTION, '{spec}' can't be imported"):

@@ -114,27 +114,6 @@ def test_saliency_is_asked_for_before_anything_is_trained(tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"crop": 200}, r"crop: expected 1 x 1 pixels up to size \(128, 128\), got \(200, 200\)"),
-        ({"crops": 3}, "number: expected at least the four corners, got 3"),
-        ({"crops": 0, "corners": False}, "l2g.crops: expected at least 1, got 0"),
-        ({"weight": -1.0}, "weight: expected at least 0, got -1.0"),
-        ({"threshold": -1.0}, "threshold: expected at least 0, got -1.0"),
-    ],
-    ids=["crop", "corners", "none", "weight", "threshold"],
-)
-def test_options_that_do_not_fit_are_refused_before_anything_is_trained(
-    options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    tiny = l2g.PRESETS["tiny"]
-    config = replace(tiny, out=tmp_path / "run", accelerator="cpu", l2g=replace(tiny.l2g, **options))
-    with pytest.raises(ValueError, match=message):
-        l2g.main(config)
-    assert not (tmp_path / "run").exists()
-
-
 def test_another_backbone_than_the_classifiers_is_refused_before_that_is_trained(tmp_path: Path) -> None:
     tiny = l2g.PRESETS["tiny"]
     network = replace(tiny.l2g, backbone="resnet18")

@@ -118,14 +118,6 @@ def test_the_maps_that_are_the_seeds_by_default(backbone: str, variant: str, mod
     assert mctformer.mode_of(replace(preset, tokens=tokens, mct=mct)) == mode
 
 
-def test_v1_has_no_maps_of_patches_and_says_so_before_it_trains(tmp_path: Path) -> None:
-    preset = mctformer.PRESETS["tiny"]
-    config = replace(preset, out=tmp_path / "run", mct=replace(preset.mct, variant="v1", mode="patchcam"))
-    with pytest.raises(ValueError, match="mct.mode: expected .* for v1"):
-        mctformer.main(config)
-    assert not config.out.exists()
-
-
 def test_attention_that_cannot_be_read_is_told_before_the_training() -> None:
     run = SimpleNamespace(dataset=SimpleNamespace(classes=("cat", "dog")), config=SimpleNamespace(max_steps=1))
     tokens = replace(TINY.tokens, backbone="cait_xxs24_224")

