@@ -122,7 +122,8 @@ def train_clims(
         return loss(model(images).activation, images, batch["labels"], critic.image_tower, *texts)
 
     groups = two_speed_groups(net, [net.head], config.schedule)
-    fit(run, "clims", net, tagged_crops(run, classify, trunk), loss_of, groups, config.schedule)
+    crops = tagged_crops(run, classify, trunk, resizes=2 if config.double_resize else 1)
+    fit(run, "clims", net, crops, loss_of, groups, config.schedule)
 
 
 def main(config: Config) -> dict:

@@ -21,23 +21,27 @@ classifier).
     python -m recipes run wood --data voc:PATH --outside FOLDER --outside-list runs/candidates/outside.txt
 
 The maps are plain CAMs, in ``paper`` with the thresholds of AdvCAM's, which are the paper's best. The released code
-keeps the checkpoint whose CAMs agree best with the pixel labels of the training images; here the last one counts.
+keeps the checkpoint whose CAMs agree best with the pixel labels of the training images; here the last one counts, but
+for ``--oracle-checkpoint-selection``.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from recipes import irn
 from recipes.cli import run_recipe
-from recipes.pipeline.cams import write_cams
+from recipes.pipeline.cams import cams_of, write_cams
 from recipes.pipeline.classification import tagged_crops, train_classifier
-from recipes.pipeline.labels import measure_cams
+from recipes.pipeline.evaluation import measure_seeds
+from recipes.pipeline.labels import judges, measure_cams
 from recipes.pipeline.models import Classifier, Trunk, freeze_stages
 from recipes.pipeline.outside import CropsWithOutside, add_outside, find_outside, pooled_features, rank_outside
 from recipes.pipeline.report import finish
@@ -113,7 +117,35 @@ def check(config: WoodConfig) -> None:
         raise ValueError(f"refresh_every: expected at least 1 epoch, got {config.refresh_every}")
 
 
-def fine_tune(run: Run, net: WOoDNet, crops: CropsWithOutside, outside: tuple[str, ...], config: WoodConfig) -> None:
+def oracle(run: Run, net: WOoDNet, config: Config) -> Callable[[Moment], float | None]:
+    """MIoU of the CAMs on the seed list at their best threshold, every ten steps of the last quarter epoch."""
+    names = judges(run, "seed")
+
+    def score(at: Moment) -> float | None:
+        due = at.epoch == at.epochs - 1 and at.in_epoch > 0.75 and at.step % 10 == 0
+        if not (due or at.last):
+            return None
+        model = copy.deepcopy(net).eval()
+        model.trunk = model.trunk.with_output_stride(config.cams.output_stride)
+
+        def maps_of(name: str) -> tuple[np.ndarray, np.ndarray]:
+            found = cams_of(run, model, name, config.cams)
+            return found.high_res.float().cpu().numpy(), found.keys.cpu().numpy()
+
+        sweep = measure_seeds(maps_of, run.dataset, names, threshold=config.threshold, workers=run.config.workers)
+        return sweep.best.miou
+
+    return score
+
+
+def fine_tune(
+    run: Run,
+    net: WOoDNet,
+    crops: CropsWithOutside,
+    outside: tuple[str, ...],
+    config: WoodConfig,
+    choose: Callable[[Moment], float | None] | None = None,
+) -> None:
     """Tags, distances to the centres, and climbed images from outside as negatives of every class."""
     net.trunk.requires_grad_(True)
     freeze_stages(net.trunk.body, config.frozen_stages)
@@ -136,7 +168,8 @@ def fine_tune(run: Run, net: WOoDNet, crops: CropsWithOutside, outside: tuple[st
             own_class = (to_classes * labels).sum() / labels.sum().clamp(min=1)
         return Terms(*terms, own_class)
 
-    fit(run, "wood", net, crops, loss_of, two_speed_groups(net, [net.head], config.schedule), config.schedule)
+    groups = two_speed_groups(net, [net.head], config.schedule)
+    fit(run, "wood", net, crops, loss_of, groups, config.schedule, choose=choose)
 
 
 def main(config: Config) -> dict:
@@ -146,6 +179,8 @@ def main(config: Config) -> dict:
     else:
         found = find_outside(config.rank, None, "rank")
     run = start("wood", config, takes=("classify",))
+    if config.oracle_checkpoint_selection:
+        judges(run, "seed")  # or a word that there are none
     outside = add_outside(run, found)
     if unknown := [name for name in config.wood.ignore_top if name not in run.dataset.classes]:
         run.console.print(f"  [yellow]ignore_top: {run.dataset.name} has no {', '.join(unknown)}[/]", highlight=False)
@@ -165,7 +200,8 @@ def main(config: Config) -> dict:
     with run.stage("wood", "Fine-tuning with images from outside"):
         net = WOoDNet(classifier, bank)
         crops = CropsWithOutside(tagged_crops(run, config.classify, net.trunk), outside)
-        fine_tune(run, net, crops, outside, config.wood)
+        choose = oracle(run, net, config) if config.oracle_checkpoint_selection else None
+        fine_tune(run, net, crops, outside, config.wood, choose)
 
     with run.stage("cams", "Class activation maps of the fine-tuned classifier"):
         write_cams(run, net, run.train + run.val, config.cams)

@@ -15,7 +15,7 @@ from recipes.pipeline.files import load_arrays, save_arrays
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.run import Run
 from recipes.pipeline.views import image_tensor, views
-from wsss_modules import merge_flip, multi_scale_cam
+from wsss_modules import PresentCAM, merge_flip, multi_scale_cam
 
 
 @dataclass(frozen=True)
@@ -76,34 +76,49 @@ def write_cams(
     out what is left over at the border, such as a ViT; their maps cover the image.
     """
     model.trunk = model.trunk.with_output_stride(config.output_stride)
-    device = run.fabric.device
-    model.to(device, memory_format=torch.channels_last).eval()
+    model.to(run.fabric.device, memory_format=torch.channels_last).eval()
+    options = {"signed": signed, "stretch": stretch, "whole_cells": whole_cells}
 
-    @torch.no_grad()
     def work(name: str) -> None:
-        image = image_tensor(run.dataset.image(name)).to(device)
-        labels = torch.from_numpy(run.dataset.labels(name)).to(device)
-        maps, flipped = [], []
-        multiple = config.output_stride if whole_cells else 1
-        for both in views(image, model.trunk, config.scales, long_side=config.long_side, multiple=multiple):
-            plain, mirrored = model(both).cam
-            maps += [plain[None], mirrored[None]] if signed else [merge_flip(plain, mirrored)[None]]
-            flipped += [False, True] if signed else [False]
-        merged = multi_scale_cam(
-            maps,
-            labels[None],
-            tuple(image.shape[-2:]),
-            mirrored=flipped,
-            stride=4,
-            round_to=1 if whole_cells else 16,
-            relu=signed,
-            interpolation="bicubic" if signed == "sum" else "bilinear",
-            eps=1e-8 if stretch else 1e-5,
-            subtract_min=stretch,
-        )
+        merged = cams_of(run, model, name, config, **options)
         save_cam(run, name, merged.keys, merged.high_res, merged.cam, folder)
 
     run.for_each(names, lambda name: run.path(folder, f"{name}.npz"), work)
+
+
+@torch.no_grad()
+def cams_of(
+    run: Run,
+    model: CamModel,
+    name: str,
+    config: CamConfig,
+    *,
+    signed: bool | Literal["sum"] = False,
+    stretch: bool = False,
+    whole_cells: bool = False,
+) -> PresentCAM:
+    """The CAMs of one image by a model in eval mode on the run's device; options as in :func:`write_cams`."""
+    device = run.fabric.device
+    image = image_tensor(run.dataset.image(name)).to(device)
+    labels = torch.from_numpy(run.dataset.labels(name)).to(device)
+    maps, flipped = [], []
+    multiple = config.output_stride if whole_cells else 1
+    for both in views(image, model.trunk, config.scales, long_side=config.long_side, multiple=multiple):
+        plain, mirrored = model(both).cam
+        maps += [plain[None], mirrored[None]] if signed else [merge_flip(plain, mirrored)[None]]
+        flipped += [False, True] if signed else [False]
+    return multi_scale_cam(
+        maps,
+        labels[None],
+        tuple(image.shape[-2:]),
+        mirrored=flipped,
+        stride=4,
+        round_to=1 if whole_cells else 16,
+        relu=signed,
+        interpolation="bicubic" if signed == "sum" else "bilinear",
+        eps=1e-8 if stretch else 1e-5,
+        subtract_min=stretch,
+    )
 
 
 def write_maps(

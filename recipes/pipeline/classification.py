@@ -130,9 +130,9 @@ def check_backbones(wanted: str, of_classifier: str) -> None:
         raise ValueError(f"weights: expected those of {wanted}, got a classifier with {of_classifier}")
 
 
-def tagged_crops(run: Run, config: ClassifyConfig, trunk: Trunk) -> TaggedCrops:
+def tagged_crops(run: Run, config: ClassifyConfig, trunk: Trunk, *, resizes: int = 1) -> TaggedCrops:
     """Augmented crops of the training images with their tags, normalised as ``trunk`` wants them."""
-    resize = RandomLongSide(*config.long_side)
+    resize = v2.Compose([RandomLongSide(*config.long_side)] * resizes)
     transform = crop_transform(resize, config.crop, trunk.mean, trunk.std, jitter=config.jitter)
     return TaggedCrops(run.dataset, run.train, transform)
 

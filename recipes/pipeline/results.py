@@ -89,6 +89,8 @@ def supervision(config: Mapping[str, Any]) -> str:
         told.append("images without objects")
     if "critic" in config:
         told.append("image-text pairs")
+    if config.get("oracle_checkpoint_selection"):
+        told.append("masks for the choice of the checkpoint")
     return ", ".join(told)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -78,6 +79,17 @@ class Moment(NamedTuple):
     steps: int
     epoch: int
     epochs: int
+    per_epoch: int
+
+    @property
+    def in_epoch(self) -> float:
+        """Share of the epoch that is over when this step is, in (0, 1]."""
+        return (self.step % self.per_epoch + 1) / self.per_epoch
+
+    @property
+    def last(self) -> bool:
+        """Whether no step follows."""
+        return self.step == self.steps - 1
 
 
 def poly_sgd(
@@ -192,6 +204,7 @@ def fit(
     *,
     warmup: float = 0.0,
     clip: float | None = None,
+    choose: Callable[[Moment], float | None] | None = None,
     checkpoint_seconds: float = 30.0,
 ) -> nn.Module:
     """Train ``model`` and leave its weights in ``checkpoints/STAGE.pt``; load them if they are there.
@@ -210,6 +223,8 @@ def fit(
         schedule: epochs, batch size and what the optimiser takes: SGD, or AdamW with an :class:`AdamSchedule`.
         warmup: share of the steps in which the rate of SGD first rises.
         clip: longest gradient of all parameters together.
+        choose: called after each step; a number scores the model as it is. The weights with the highest score are those
+            that are left, in place of the last ones.
         checkpoint_seconds: time between checkpoints.
     """
     final, partial = run.path("checkpoints", f"{stage}.pt"), run.path("checkpoints", f"{stage}.partial.pt")
@@ -230,11 +245,11 @@ def fit(
         optimizer, scheduler = poly_sgd(
             groups, steps, momentum=schedule.momentum, power=schedule.power, warmup=int(warmup * steps)
         )
-    done, curve = 0, []
+    done, curve, best = 0, [], {}
     if partial.exists():
         state = load_tensors(partial, device)
         _restore(partial, model, state, optimizer=optimizer, scheduler=scheduler)
-        done, curve = state["step"], state["curve"]
+        done, curve, best = state["step"], state["curve"], state.get("best", {})
     fabric.barrier()
 
     wrapped, optimizer = fabric.setup(model, optimizer)
@@ -245,7 +260,7 @@ def fit(
         bar = progress.add_task(stage, total=steps, completed=done)
         for step, batch in zip(range(done, steps), batches, strict=True):
             torch.manual_seed(run.derived_seed(stage, "step", step, fabric.global_rank))
-            at = Moment(step, steps, step // per_epoch, schedule.epochs)
+            at = Moment(step, steps, step // per_epoch, schedule.epochs, per_epoch)
             output = loss_of(
                 wrapped, fabric.to_device({key: _channels_last(value) for key, value in batch.items()}), at
             )
@@ -265,6 +280,10 @@ def fit(
                     )
                 progress.update(bar, description=f"{stage}  loss {curve[-1]['loss']:.3f}")
             scheduler.step()
+            if choose is not None and (score := choose(at)) is not None:
+                if not best or score > best["score"]:
+                    best = {"score": score, "step": step, "model": copy.deepcopy(model.state_dict())}
+                wrapped.train()
             progress.update(bar, completed=step + 1)
             if fabric.global_rank == 0 and step + 1 < steps and time.monotonic() - saved_at > checkpoint_seconds:
                 _save(
@@ -274,8 +293,12 @@ def fit(
                     scheduler=scheduler.state_dict(),
                     step=step + 1,
                     curve=curve,
+                    best=best,
                 )
                 saved_at = time.monotonic()
+    if best:
+        model.load_state_dict(best["model"])
+        run.record(chosen={stage: {"step": best["step"], "score": best["score"]}})
     if fabric.global_rank == 0:
         with replacing(run.path("curves", f"{stage}.jsonl"), "w") as file:
             file.writelines(json.dumps(point) + "\n" for point in curve)

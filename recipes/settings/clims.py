@@ -36,6 +36,8 @@ class MatchingConfig:
     """Match with (s + 1) / 2 in place of s, for models whose similarities are often negative and else teach nothing."""
     leak: float = 0.0
     """Slope of the loss for a similarity that is negative; published: 0."""
+    double_resize: bool = False
+    """Resize each image at random twice, as the released code does: the second draw decides its size, both blur it."""
     schedule: Schedule = field(default_factory=lambda: Schedule(epochs=6, batch_size=16, lr=1e-4, head_lr=1e-3))
     """Training schedule."""
 

@@ -55,6 +55,9 @@ class Config(RunConfig):
 
     tokens: TokenConfig = field(default_factory=lambda: TokenConfig(frozen_stages=3, grid=8))
     patches: PatchConfig = field(default_factory=PatchConfig)
+    oracle_checkpoint_selection: bool = False
+    """Keep the weights of the epoch whose seeds agree best with the masks of the val list, as released; that is
+    supervision by pixel labels."""
     test_scale: float = 2.0
     """Size of an image at test time, by its own; published: 960 pixels, 2.5 times those of training."""
     mask_crf: bool = True

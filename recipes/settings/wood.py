@@ -54,6 +54,9 @@ class Config(RunConfig):
     """Only rank the photographs of this folder: train the classifier, write outside.txt and stop."""
     classify: ClassifyConfig = field(default_factory=lambda: CLASSIFY["demo"])
     wood: WoodConfig = field(default_factory=WoodConfig)
+    oracle_checkpoint_selection: bool = False
+    """Keep the weights of the last quarter epoch whose CAMs agree best with the masks of the seed list, as released;
+    that is supervision by pixel labels."""
     cams: CamConfig = field(default_factory=lambda: CAMS["demo"])
     threshold: float = 0.25
     """Background score at which the CAMs themselves are measured."""

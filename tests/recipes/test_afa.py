@@ -96,7 +96,7 @@ def test_when_a_step_learns_from_which_labels(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(afa, "pseudo_labels", labels_of)
     afa.train(run, model, config.afa)
     batch = {"image": torch.randn(2, 3, 72, 72), "labels": torch.ones(2, classes)}  # 4 x 4 whole patches of 16
-    terms = [learnt[0](model, batch, Moment(step, 100, 0, 1)) for step in (0, 9, 10, 29, 30)]
+    terms = [learnt[0](model, batch, Moment(step, 100, 0, 1, 100)) for step in (0, 9, 10, 29, 30)]
     assert walked == [False, False, True]
     assert [bool(t.affinity > 0) for t in terms] == [False, False, True, True, True]
     assert [bool(t.segmentation > 0) for t in terms] == [False, False, True, True, False]

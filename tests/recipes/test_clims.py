@@ -62,7 +62,7 @@ def caught_loss(run: Run, monkeypatch: pytest.MonkeyPatch, renormalize: bool = T
     clims.train_clims(run, net, critic, renormalize, NETWORK, config)
     items = [caught["c"][i] for i in range(3)]
     return net, lambda: caught["l"](
-        net, {key: torch.stack([x[key] for x in items]) for key in items[0]}, Moment(0, 1, 0, 1)
+        net, {key: torch.stack([x[key] for x in items]) for key in items[0]}, Moment(0, 1, 0, 1, 1)
     )
 
 

@@ -30,7 +30,7 @@ def step_of(
     net = eps.train_eps(run, config, saliency_source(run)).eval()
     items = [caught["c"][i] for i in range(2)]
     batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
-    return net, batch, caught["l"](net, batch, Moment(0, 10, 0, 2))
+    return net, batch, caught["l"](net, batch, Moment(0, 10, 0, 2, 5))
 
 
 def test_padding_is_background_unless_it_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def step_of(
     net = l2g.train_l2g(run, None, config.l2g, saliency_source(run) if saliency else None)
     items = [caught["v"][i] for i in range(2)]
     batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
-    return run, net, caught["l"](net, batch, Moment(0, 10, 0, 2)), batch
+    return run, net, caught["l"](net, batch, Moment(0, 10, 0, 2, 5)), batch
 
 
 @pytest.mark.parametrize("saliency", [True, False], ids=["saliency", "tags"])

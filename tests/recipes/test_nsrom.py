@@ -71,7 +71,7 @@ def test_attention_is_kept_from_the_second_epoch_on_and_forced_in_the_last(
         assert per_epoch > 1
         for step in range(3 * per_epoch):
             epoch = step // per_epoch
-            loss_of(net, batch, Moment(step, 3 * per_epoch, epoch, 3))
+            loss_of(net, batch, Moment(step, 3 * per_epoch, epoch, 3, per_epoch))
         assert [kept.count(pair) for pair in ((1, False), (2, True))] == [per_epoch, per_epoch]
 
     def note(*_: object, last: bool, **options: object) -> None:

@@ -37,7 +37,7 @@ def step_of(config: ppc.Config, monkeypatch: pytest.MonkeyPatch, epoch: int) -> 
     net = ppc.train_ppc(run_, config, saliency_source(run_) if config.variant == "eps" else None)
     items = [caught["c"][i] for i in range(2)]
     batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
-    return run_, net, caught["l"](net, batch, Moment(0, 10, epoch, 2))
+    return run_, net, caught["l"](net, batch, Moment(0, 10, epoch, 2, 5))
 
 
 @pytest.mark.parametrize("variant", ["seam", "eps"])

@@ -129,7 +129,10 @@ CASES = {
     ],
     "vitpcm": [({"test_scale": 0.0}, "test_scale: expected a number above 0, got 0.0")],
     "wood": [
-        ({"wood.clusters": 0}, "clusters"),
+        ({"wood.clusters": 0}, "num_clusters, dim: expected at least 1, got 1, 0 and 1"),
+        ({"wood.step": -0.1}, "step: expected at least 0, got -0.1"),
+        ({"wood.topk": 20}, r"topk: expected a number in \[0, 1\], got 20"),
+        ({"wood.selection": "class"}, 'selection: expected "batch" or "image", got \'class\''),
         ({"wood.refresh_every": 0}, "refresh_every: expected at least 1 epoch, got 0"),
     ],
 }

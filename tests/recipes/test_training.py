@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,10 +58,10 @@ def make_run(folder: Path, *, workers: int = 0, **options: object) -> Run:
     return Run("test", config, Fabric(accelerator="cpu", devices=1), dataset, folder)
 
 
-def train(run: Run, loss_of=squared_error, schedule: Schedule = SCHEDULE) -> dict[str, Tensor]:
+def train(run: Run, loss_of=squared_error, schedule: Schedule = SCHEDULE, **options: object) -> dict[str, Tensor]:
     model = small_model()
     groups = two_speed_groups(model, [model[2]], schedule)
-    fit(run, "points", model, NoisyPoints(), loss_of, groups, schedule, checkpoint_seconds=0)
+    fit(run, "points", model, NoisyPoints(), loss_of, groups, schedule, checkpoint_seconds=0, **options)
     return model.state_dict()
 
 
@@ -176,7 +177,37 @@ def test_loss_is_told_where_the_training_stands(tmp_path: Path) -> None:
         return squared_error(model, batch, at)
 
     train(make_run(tmp_path), noted)  # 10 points, batches of 4: two steps an epoch
-    assert seen == [Moment(step, 6, step // 2, 3) for step in range(6)]
+    assert seen == [Moment(step, 6, step // 2, 3, 2) for step in range(6)]
+
+
+def test_the_weights_with_the_highest_score_are_left_also_by_a_run_that_was_killed(tmp_path: Path) -> None:
+    scores, left = {1: 0.5, 2: 0.9, 4: 0.9}, {}  # of equals the first
+    killed_at: int | None = None
+
+    def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
+        assert model.training
+        if at.step == killed_at:
+            raise KeyboardInterrupt
+        if at.step == 3:
+            left.update({key: value.clone() for key, value in model.state_dict().items()})
+        return squared_error(model, batch, at)
+
+    last = train(make_run(tmp_path / "last"), loss_of)
+    for killed_at in (None, 5):
+        run = make_run(tmp_path / str(killed_at))
+        with pytest.raises(KeyboardInterrupt) if killed_at else nullcontext():
+            train(run, loss_of, choose=lambda at: scores.get(at.step))
+        killed_at = None
+        chosen = train(run, loss_of, choose=lambda at: scores.get(at.step))
+        assert same(chosen, {key.removeprefix("_forward_module."): value for key, value in left.items()})
+        assert not same(chosen, last)
+        assert run.metrics["chosen"] == {"points": {"step": 2, "score": 0.9}}
+
+
+def test_where_in_an_epoch_a_step_is() -> None:
+    moments = [Moment(step, 5, step // 3, 2, 3) for step in range(5)]
+    assert [round(at.in_epoch, 2) for at in moments] == [0.33, 0.67, 1.0, 0.33, 0.67]
+    assert [at.last for at in moments] == [False] * 4 + [True]
 
 
 def test_finished_training_is_loaded_not_repeated(tmp_path: Path) -> None:
