@@ -48,9 +48,9 @@ def page(results: dict[str, dict]) -> str:
     parts = [
         "# Benchmarks\n\nWritten by `python -m tests.benchmarks`. Each case runs our form beside the naive or released "
         "one in one process; values are compared first, and a case whose values differ is not reported. Median of "
-        "several calls by the clock, of ReviewKD by the processor's; memory is the growth of the process (on a GPU, of "
-        "the allocator) over one call. The machine is shared and its speed changes: compare the rows of a section with "
-        "each other, not with those of another day.\n"
+        "several calls by the clock, of ReviewKD and PSA by the processor's; memory is the growth of the process (on a "
+        "GPU, of the allocator) over one call. The machine is shared and its speed changes: compare the rows of a "
+        "section with each other, not with those of another day.\n"
     ]
     for name, result in results.items():
         parts.append(f"## {result['title']}\n\n`python -m tests.benchmarks.bench_{name}`\n")

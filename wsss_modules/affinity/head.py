@@ -6,6 +6,7 @@ Axis letters: B batch, C channels, P offsets in raster order, n sources, H W map
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import EllipsisType
 from typing import Literal
 
 import torch
@@ -186,16 +187,14 @@ class AffinityHead(nn.Module):
 )
 def pair_l1_distance(features: Tensor, radius: int, full: bool) -> Tensor:
     """Sum over channels of |f_source - f_destination|: (B, P, n); 0 where the partner is outside."""
-    batch, _, height, width = features.shape
-    rows, columns = source_box((height, width), radius, "full" if full else "released")
-    offsets = affinity_offsets(radius)
-    result = features.new_zeros((batch, len(offsets), rows.stop - rows.start, columns.stop - columns.start))
-    for p, offset in enumerate(offsets):
-        source, destination = _boxes(offset, (height, width), rows, columns)
-        difference = features[:, :, source[0], source[1]] - features[:, :, destination[0], destination[1]]
-        top, left = source[0].start - rows.start, source[1].start - columns.start
-        into = result[:, p, top : top + difference.shape[2], left : left + difference.shape[3]]
-        torch.sum(difference.abs_(), dim=1, out=into)
+    (height, width), pairs = _pairs((features.shape[2], features.shape[3]), radius, full)
+    result = features.new_zeros((features.shape[0], len(pairs), height, width))
+    few = _few_at_once(features)
+    for images, into in zip(features.split(few), result.split(few), strict=True):
+        images = images.contiguous(memory_format=torch.channels_last)
+        for p, (source, destination, place) in enumerate(pairs):
+            difference = images[source] - images[destination]
+            torch.sum(difference.abs_(), dim=1, out=into[:, p][place])
     return result.flatten(2)
 
 
@@ -213,17 +212,19 @@ def _(features: Tensor, radius: int, full: bool) -> Tensor:
 )
 def pair_l1_distance_backward(grad: Tensor, features: Tensor, radius: int, full: bool) -> Tensor:
     """Gradient of :func:`pair_l1_distance`; the signs are computed again."""
-    height, width = features.shape[2:]
-    rows, columns = source_box((height, width), radius, "full" if full else "released")
-    grad = grad.unflatten(2, (rows.stop - rows.start, columns.stop - columns.start))
-    result = torch.zeros_like(features)
-    for p, offset in enumerate(affinity_offsets(radius)):
-        source, destination = _boxes(offset, (height, width), rows, columns)
-        push = features[:, :, source[0], source[1]] - features[:, :, destination[0], destination[1]]
-        top, left = source[0].start - rows.start, source[1].start - columns.start
-        push.sign_().mul_(grad[:, p : p + 1, top : top + push.shape[2], left : left + push.shape[3]])
-        result[:, :, source[0], source[1]].add_(push)
-        result[:, :, destination[0], destination[1]].sub_(push)
+    shape, pairs = _pairs((features.shape[2], features.shape[3]), radius, full)
+    result = torch.empty_like(features)
+    few = _few_at_once(features)
+    parts = zip(features.split(few), grad.unflatten(2, shape).split(few), result.split(few), strict=True)
+    for images, above, into in parts:
+        images = images.contiguous(memory_format=torch.channels_last)
+        total = torch.zeros_like(images)
+        for p, (source, destination, place) in enumerate(pairs):
+            push = images[source] - images[destination]
+            push.sign_().mul_(above[:, p : p + 1][place])
+            total[source].add_(push)
+            total[destination].sub_(push)
+        into.copy_(total)
     return result
 
 
@@ -248,6 +249,34 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 
 
 pair_l1_distance.register_autograd(_backward, setup_context=_setup)
+
+
+CACHED = 2**20  # numbers that stay in a core's cache from one offset to the next
+
+
+def _few_at_once(features: Tensor) -> int:
+    """Images to compare together: on a CPU few, which its cache holds; elsewhere all, for fewer launches.
+
+    Channels lie together in either case, so that their sum is read in order. Of 16 maps of 448 channels and 28 x 28
+    cells, on one core, both were 2 to 4 times as fast as the whole batch with its channels apart.
+    """
+    if features.device.type != "cpu":
+        return max(1, features.shape[0])
+    return max(1, CACHED // max(1, features[0].numel())) if len(features) else 1
+
+
+Part = tuple[EllipsisType, slice, slice]
+
+
+def _pairs(size: tuple[int, int], radius: int, full: bool) -> tuple[tuple[int, int], list[tuple[Part, Part, Part]]]:
+    """Height and width of the sources; and for each offset its sources, their partners, and its place among all."""
+    rows, columns = source_box(size, radius, "full" if full else "released")
+    pairs: list[tuple[Part, Part, Part]] = []
+    for offset in affinity_offsets(radius):
+        (y, x), partners = _boxes(offset, size, rows, columns)
+        place = slice(y.start - rows.start, y.stop - rows.start), slice(x.start - columns.start, x.stop - columns.start)
+        pairs.append(((..., y, x), (..., *partners), (..., *place)))
+    return (rows.stop - rows.start, columns.stop - columns.start), pairs
 
 
 def _boxes(
