@@ -21,6 +21,13 @@ class Rule(NamedTuple):
     fits: Callable[[Any], bool]
     expected: str
 
+    def refuses(self, value: Any) -> bool:
+        """Whether a value is one that cannot be; of another kind than the rule's, in a recipe of one's own, none is."""
+        try:
+            return value is not None and not self.fits(value)
+        except TypeError:
+            return False
+
 
 COUNT = Rule(lambda value: value >= 1, "at least 1")
 NOT_NEGATIVE = Rule(lambda value: value >= 0, "at least 0")
@@ -57,14 +64,13 @@ def check_settings(config: Any) -> None:
     for place, part in _parts(config):
         values = {entry.name: getattr(part, entry.name) for entry in dataclasses.fields(part)}
         for name, value in values.items():
-            rule = RULES.get(name)
-            if rule is not None and value is not None and not rule.fits(value):
-                raise ValueError(f"{place}{name}: expected {rule.expected}, got {value!r}")
+            if name in RULES and RULES[name].refuses(value):
+                raise ValueError(f"{place}{name}: expected {RULES[name].expected}, got {value!r}")
         backbone = "encoder" if "encoder" in values else "backbone"
         if backbone in values:
             if values[backbone] not in MIT:
                 check_name(values[backbone].removeprefix(HYBRID), f"{place}{backbone}")
-            if values["weights"] != "classifier":
+            if values.get("weights", "classifier") != "classifier":
                 check_weights(values["weights"], f"{place}weights")
 
 

@@ -201,3 +201,16 @@ def test_a_file_of_weights_passes_only_if_it_is_there(tmp_path: Path) -> None:
         check_settings(config)
     place.touch()
     check_settings(config)
+
+
+def test_a_recipe_of_ones_own_may_have_settings_of_another_kind() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        scale: float = 0.5
+        scales: float = 2.0
+        long_side: str = "224"
+        backbone: str = "resnet18"
+
+    check_settings(Own())
+    with pytest.raises(ValueError, match="^backbone: 'resnet17' is not a timm model; did you mean"):
+        check_settings(Own(backbone="resnet17"))
