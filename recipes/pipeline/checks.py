@@ -67,10 +67,10 @@ def check_settings(config: Any) -> None:
             if name in RULES and RULES[name].refuses(value):
                 raise ValueError(f"{place}{name}: expected {RULES[name].expected}, got {value!r}")
         backbone = "encoder" if "encoder" in values else "backbone"
-        if backbone in values:
+        if backbone in values and type(part).__module__.startswith("recipes."):  # others make theirs as they like
             if values[backbone] not in MIT:
                 check_name(values[backbone].removeprefix(HYBRID), f"{place}{backbone}")
-            if values.get("weights", "classifier") != "classifier":
+            if values["weights"] != "classifier":
                 check_weights(values["weights"], f"{place}weights")
 
 
