@@ -149,7 +149,7 @@ def with_background(labels: Tensor) -> Tensor:
 
 
 def oracle(run: Run, net: PatchNet, scale: float) -> Callable[[Moment], float | None]:
-    """MIoU of the likeliest classes on the val list after each epoch, the tags known."""
+    """After each epoch, the mIoU of the likeliest classes on the val list, the tags known."""
     names = judges(run, "val")
 
     def score(at: Moment) -> float | None:

@@ -118,7 +118,7 @@ def check(config: WoodConfig) -> None:
 
 
 def oracle(run: Run, net: WOoDNet, config: Config) -> Callable[[Moment], float | None]:
-    """MIoU of the CAMs on the seed list at their best threshold, every ten steps of the last quarter epoch."""
+    """Every ten steps of the last quarter epoch, the mIoU of the CAMs on the seed list at their best threshold."""
     names = judges(run, "seed")
 
     def score(at: Moment) -> float | None:
