@@ -27,10 +27,8 @@ stage is that of the other recipes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,8 +36,8 @@ from torch import Tensor, nn
 from recipes.cli import run_recipe
 from recipes.pipeline.attention import AttendingTrunk, freeze_but_last, with_random_weights
 from recipes.pipeline.cams import read_cam, share_of_classes, write_maps
-from recipes.pipeline.evaluation import evaluate_masks
-from recipes.pipeline.labels import judges, measure_cams, refine_masks, threshold_mask, write_masks
+from recipes.pipeline.labels import measure_cams, refine_masks, threshold_mask, write_masks
+from recipes.pipeline.oracle import Choose, choose_by_masks, judges
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
@@ -148,25 +146,14 @@ def with_background(labels: Tensor) -> Tensor:
     return F.pad(labels, (1, 0), value=1.0)
 
 
-def oracle(run: Run, net: PatchNet, scale: float) -> Callable[[Moment], float | None]:
+def oracle(run: Run, net: PatchNet, scale: float) -> Choose:
     """After each epoch, the mIoU of the likeliest classes on the val list, the tags known."""
-    names = judges(run, "val")
-
-    def score(at: Moment) -> float | None:
-        if at.in_epoch < 1 and not at.last:
-            return None
-        net.eval()
-
-        @torch.no_grad()
-        def mask_of(name: str) -> np.ndarray:
-            return patch_scores(run, net, name, scale).argmax(0).cpu().numpy()
-
-        return evaluate_masks(mask_of, run.dataset, names, split="val", workers=run.config.workers).miou
-
-    return score
+    return choose_by_masks(
+        run, "val", net, lambda name: patch_scores(run, net, name, scale).argmax(0), lambda at: at.in_epoch == 1
+    )
 
 
-def train(run: Run, net: PatchNet, config: PatchConfig, choose: Callable[[Moment], float | None] | None = None) -> None:
+def train(run: Run, net: PatchNet, config: PatchConfig, choose: Choose | None = None) -> None:
     """New layers first, then all that is trained."""
     model = TwoViews(net, config)
     bare = net.classifier

@@ -32,7 +32,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,9 +39,9 @@ from recipes import irn
 from recipes.cli import run_recipe
 from recipes.pipeline.cams import cams_of, write_cams
 from recipes.pipeline.classification import tagged_crops, train_classifier
-from recipes.pipeline.evaluation import measure_seeds
-from recipes.pipeline.labels import judges, measure_cams
+from recipes.pipeline.labels import measure_cams
 from recipes.pipeline.models import Classifier, Trunk, freeze_stages
+from recipes.pipeline.oracle import Choose, choose_by_cams, judges
 from recipes.pipeline.outside import CropsWithOutside, add_outside, find_outside, pooled_features, rank_outside
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
@@ -117,25 +116,23 @@ def check(config: WoodConfig) -> None:
         raise ValueError(f"refresh_every: expected at least 1 epoch, got {config.refresh_every}")
 
 
-def oracle(run: Run, net: WOoDNet, config: Config) -> Callable[[Moment], float | None]:
+def oracle(run: Run, net: WOoDNet, config: Config) -> Choose:
     """Every ten steps of the last quarter epoch, the mIoU of the CAMs on the seed list at their best threshold."""
-    names = judges(run, "seed")
 
-    def score(at: Moment) -> float | None:
-        due = at.epoch == at.epochs - 1 and at.in_epoch > 0.75 and at.step % 10 == 0
-        if not (due or at.last):
-            return None
+    def due(at: Moment) -> bool:
+        return at.epoch == at.epochs - 1 and at.in_epoch > 0.75 and at.step % 10 == 0
+
+    def cams_now() -> Callable[[str], tuple[Tensor, Tensor]]:
         model = copy.deepcopy(net).eval()
         model.trunk = model.trunk.with_output_stride(config.cams.output_stride)
 
-        def maps_of(name: str) -> tuple[np.ndarray, np.ndarray]:
+        def maps_of(name: str) -> tuple[Tensor, Tensor]:
             found = cams_of(run, model, name, config.cams)
-            return found.high_res.float().cpu().numpy(), found.keys.cpu().numpy()
+            return found.high_res, found.keys
 
-        sweep = measure_seeds(maps_of, run.dataset, names, threshold=config.threshold, workers=run.config.workers)
-        return sweep.best.miou
+        return maps_of
 
-    return score
+    return choose_by_cams(run, cams_now, due, config.threshold)
 
 
 def fine_tune(
@@ -144,7 +141,7 @@ def fine_tune(
     crops: CropsWithOutside,
     outside: tuple[str, ...],
     config: WoodConfig,
-    choose: Callable[[Moment], float | None] | None = None,
+    choose: Choose | None = None,
 ) -> None:
     """Tags, distances to the centres, and climbed images from outside as negatives of every class."""
     net.trunk.requires_grad_(True)

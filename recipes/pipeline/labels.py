@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -102,25 +101,12 @@ def measured_lists(run: Run, folder: str, suffix: str) -> dict[str, tuple[str, .
     """Of the seed and val lists, the images that have ground truth; only lists that ``folder`` holds whole."""
     lists = {}
     for split, names in {"seed": run.seeds, "val": run.val}.items():
-        with_truth = _with_truth(run, names)
-        if with_truth and all(run.path(folder, f"{name}{suffix}").exists() for name in with_truth):
-            lists[split] = with_truth
+        measurable = with_truth(run, names)
+        if measurable and all(run.path(folder, f"{name}{suffix}").exists() for name in measurable):
+            lists[split] = measurable
     return lists
 
 
-def judges(run: Run, split: Literal["seed", "val"]) -> tuple[str, ...]:
-    """The images of a list whose masks choose a checkpoint, where a recipe is told to look at them.
-
-    Raises:
-        ValueError: none of them has a mask.
-    """
-    found = _with_truth(run, run.seeds if split == "seed" else run.val)
-    if not found:
-        raise ValueError(
-            f"oracle_checkpoint_selection: {run.dataset.name} has no masks of the {split} list to choose by"
-        )
-    return found
-
-
-def _with_truth(run: Run, names: Sequence[str]) -> tuple[str, ...]:
+def with_truth(run: Run, names: Sequence[str]) -> tuple[str, ...]:
+    """Those images that have masks."""
     return tuple(name for name in names if run.dataset.annotations.mask_size(name) is not None)

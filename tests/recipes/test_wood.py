@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from recipes import vitpcm, wood
-from recipes.pipeline import labels
+from recipes.pipeline import oracle
 from recipes.pipeline.cams import write_cams
 from recipes.pipeline.labels import measure_cams
 from recipes.pipeline.models import Classifier, build_trunk
@@ -26,7 +26,7 @@ def test_a_checkpoint_chosen_on_masks_is_judged_by_the_cams_at_their_best_thresh
     net = wood.WOoDNet(classifier, FeatureCentreBank(1, 1, 1)).train()
     score = wood.oracle(run, net, config)
     with monkeypatch.context() as patch:
-        patch.setattr(wood, "measure_seeds", lambda *_, **__: SimpleNamespace(best=SimpleNamespace(miou=1.0)))
+        patch.setattr(oracle, "measure_seeds", lambda *_, **__: SimpleNamespace(best=SimpleNamespace(miou=1.0)))
         moments = [Moment(step, 120, step // 60, 2, 60) for step in range(120)]
         assert [at.step for at in moments if score(at)] == [110, 119]  # the last quarter begins with step 105
     write_cams(run, net, run.seeds, config.cams)
@@ -39,7 +39,7 @@ def test_without_masks_to_choose_by_nothing_is_trained(tmp_path: Path, monkeypat
     def without_masks(run: Run, names: Sequence[str]) -> tuple[str, ...]:
         return ()
 
-    monkeypatch.setattr(labels, "_with_truth", without_masks)
+    monkeypatch.setattr(oracle, "with_truth", without_masks)
     for recipe, split in ((wood, "seed"), (vitpcm, "val")):
         config = replace(recipe.PRESETS["tiny"], out=tmp_path / split, accelerator="cpu")
         with pytest.raises(
