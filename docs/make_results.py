@@ -137,11 +137,11 @@ Of the systems that train the classifier differently, all on the same backbone, 
   33 to 48, which a CRF lowers further. At a threshold of 0.14 its maps would be at 52.6, near the plain CAM,
   and on val at 53.9, above it; but a threshold is not part of the method. Only the surest patch of a class learns from
   a tag, and 405 steps on new layers do not spread that over the object, as they did not on the demo data.
-- `eps` has the best maps without boxes, 61.0 and 60.8 on train and val (62.2 and 61.4 at their best thresholds), and masks of
-  69.5 after a CRF, which adds eight points and is its only refinement. It needs saliency, here that of `c2am-s0`, which
-  learns without labels; the plain CAM cut out by the same one is at 67.3 (`c2am-s0`). Its maps themselves need no
-  saliency, once it is trained. The segmentation network learns from the masks without a CRF, as published: 58.0, where
-  that of `cam-s0-t2`, which has CRF masks of 59.0, is at 55.5.
+- `eps` has the best maps without boxes, 61.0 and 60.8 on train and val (62.2 and 61.4 at their best thresholds), and
+  masks of 69.5 after a CRF, which adds eight points and is its only refinement. It needs saliency, here that of
+  `c2am-s0`, which learns without labels; the plain CAM cut out by the same one is at 67.3 (`c2am-s0`). Its maps
+  themselves need no saliency, once it is trained. The segmentation network learns from the masks without a CRF, as
+  published: 58.0, where that of `cam-s0-t2`, which has CRF masks of 59.0, is at 55.5.
 - `l2g` starts both of its networks as the classifier of `cam-s0`. Its maps, 53.4 and 53.1 on train and val, are better
   than the plain ones on people (IoU 44, plain 34: precision 52, plain 35), cats and dogs, whose outlines come from the
   saliency of `c2am-s0`, and worse on cows and sheep (40 and 40, plain 48 and 54), at precisions of 53 and 47 %: the
