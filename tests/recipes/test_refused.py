@@ -68,7 +68,7 @@ CASES = {
         ({"clims.weights": (10.0, -24.0, 1.0, 0.2)}, "background_weight: expected at least 0, got -24"),
         ({"clims.objective": "camera_ready", "clims.leak": -1.0}, "leak: expected at least 0, got -1"),
     ],
-    "edam": [({"alpha": 0.0, "edam.heads": 3}, "heads")],
+    "edam": [({"edam.heads": 3}, "^heads: expected a divisor of width = 16, got 3")],
     "eps": [({"foreground_weight": 2.0}, r"foreground_weight: expected a number in \[0, 1\], got 2")],
     "irn": [
         ({"relation.background": 0.4}, r"relation.background: expected at most relation.foreground = 0.3, got 0.4"),
