@@ -171,9 +171,9 @@ Of the systems that train the classifier differently, all on the same backbone, 
   0.62, it is at 50.7 and 50.8, below the 53.1 and 51.8 of the plain maps. Each step makes the maps fuller (on 48 of the
   photographs one, two, four and eight are at 39.8, 38.2, 34.8 and 33.3 at 0.25). The climb itself helps: there one
   step, which is the plain map of these two scales, is at 44.2 at its best threshold, two, four and eight steps at 45.9,
-  46.5 and 47.0, and the maps of `cam-s0` at 47.5. So what it lacks is resolution, which costs a step forward and back
-  for each class. IRN's walk, with confident areas for fuller maps (0.35 and 0.15), makes 45.1 of them and the CRF 46.5
-  (of the plain CAMs 65.4 and 67.4, 66.2 and 68.7), with nearly all of the objects (recall 81 to 99 %) and too much
+  46.5 and 47.0, and the maps of `cam-s0` at 47.5. So what it lacks is likely resolution, which costs a step forward and
+  back for each class. IRN's walk, with confident areas for fuller maps (0.35 and 0.15), makes 45.1 of them and the CRF
+  46.5 (of the plain CAMs 65.4 and 67.4, 66.2 and 68.7), with nearly all of the objects (recall 81 to 99 %) and too much
   beside them.
 - `bana` is supervised by boxes, made from the masks (`--boxes components_of_masks`), so its row is not image tags. Its
   class maps are cut to the boxes and so precise: 64.9 and 63.4 at 0.25, 73.2 on both lists at the best threshold, 0.07.
