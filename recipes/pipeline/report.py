@@ -53,6 +53,7 @@ from recipes.pipeline.run import Run, settings
 from recipes.pipeline.tables import (
     duration,
     measurements,
+    overlap_of,
     peak_mb,
     percent,
     print_summary,
@@ -488,7 +489,12 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "duration": duration, "threshold": threshold_note}
+    environment.filters |= {
+        "percent": percent,
+        "duration": duration,
+        "threshold": threshold_note,
+        "overlap": overlap_of,
+    }
     return environment
 
 

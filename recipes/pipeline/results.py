@@ -25,6 +25,7 @@ from recipes.pipeline.tables import (
     Comparison,
     bracketed,
     duration,
+    overlap_of,
     peak_mb,
     percent,
     processor_seconds,
@@ -54,7 +55,7 @@ PARTS = {"classify": "the classifier", "segment": "the segmentation network"}
 def record_of(folder: Path) -> dict[str, Any]:
     """What a page needs of a run directory: metrics without curves, and those of its settings that must be alike."""
     metrics, config = read_metrics(folder), read_settings(folder)
-    keys = ("recipe", "preset", "seed", "data", "classes", "stages", "measurements", "machine", "taken")
+    keys = ("recipe", "preset", "seed", "data", "classes", "stages", "measurements", "instances", "machine", "taken")
     record = {key: metrics[key] for key in keys if key in metrics}
     record["measurements"] = [{**m, "curve": []} for m in metrics["measurements"]]
     record["reused"] = Path(metrics["reused"]).name if "reused" in metrics else None
@@ -214,6 +215,27 @@ class Results:
         note = "In brackets the best threshold, found with the ground truth of the same split: an upper bound."
         return Grid("Every run", ("run", *COLUMNS.values(), "time", "processor", "memory"), rows, note)
 
+    def rest(self) -> Grid | None:
+        """What is measured by single systems: networks and maps besides those of all, instances; None without any."""
+        rows = []
+        for system in self.systems:
+            runs = self.of(system)
+            others = [m for name in runs for m in self.comparison.measured[name] if (m.what, m.split) not in COLUMNS]
+            images = {(m.what, m.split): f"{m.images} {LISTS.get(m.split, m.split)}" for m in others if not m.oracle}
+            rows += [
+                (system, what, "mIoU", images[what, split], told(self.spread(system, (what, split))))
+                for what, split in images
+            ]
+            found = [run["instances"] for run in runs.values() if "instances" in run]
+            for key in dict.fromkeys(key for instances in found for key in instances):
+                known = [instances[key] for instances in found if key in instances]
+                spread = _spread([instances["mean"] for instances in known])
+                rows.append(
+                    (system, "instances", f"AP at {overlap_of(key)}", f"{known[0]['images']} val", told(spread))
+                )
+        note = "Percent, at fixed thresholds, means over the runs."
+        return Grid("What else was measured", ("system", "what", "figure", "images", "%"), rows, note) if rows else None
+
     def classes(self) -> Iterator[Grid]:
         """IoU per class of everything measured, a table each."""
         for column, title in COLUMNS.items():
@@ -237,6 +259,13 @@ class Results:
             told = ", ".join(f"{stage} {costs['seconds']:.0f}" for stage, costs in run.get("stages", {}).items())
             rows.append((name, told))
         return Grid("Seconds per stage, by the clock", ("run", "stages"), rows)
+
+    def details(self) -> Iterator[Grid]:
+        """The tables that come last."""
+        rest = self.rest()
+        yield from (rest,) if rest else ()
+        yield from self.classes()
+        yield self.stages()
 
     # What is to be said of them.
 
@@ -315,7 +344,7 @@ def markdown(results: Results, pictures: Sequence[str] = (), level: int = 2, rem
     lines += [f"- {sentence}." for sentence in unfair] or [ALIKE]
     lines += ["", *results.each_run().markdown(level)]
     lines += [*(f"- {note}" for note in results.notes()), ""] if results.notes() else []
-    for grid in (*results.classes(), results.stages()):
+    for grid in results.details():
         lines += grid.markdown(level)
     machines = [run["machine"] for run in results.runs.values() if run.get("machine")]
     if machines:
@@ -343,7 +372,7 @@ def page(results: Results, title: str) -> str:
         plots=[Markup(svg) for svg in results.plots().values()],  # drawn here; matplotlib escapes their texts
         unfair=[f"{sentence}." for sentence in results.unfair()] or [ALIKE],
         notes=results.notes(),
-        details=[results.each_run(), *results.classes(), results.stages()],
+        details=[results.each_run(), *results.details()],
         commands=[str(run["command"]) for run in results.runs.values() if run.get("command")],
     )
 

@@ -84,6 +84,7 @@ class RunConfig:
 
 
 IDENTITY_FIELDS_LEFT_OUT = ("out", "workers", "devices", "nodes", "accelerator", "reuse", "share", "until")
+CHECKPOINT_SECONDS = 30.0  # between checkpoints of a training, and records of what a stage has cost
 ORIGIN = ("data", "labels", "classes", "train_list", "seed", "max_steps")  # of a classifier
 
 
@@ -138,6 +139,7 @@ class Run:
         self.recipe, self.config, self.fabric, self.dataset, self.folder = recipe, config, fabric, dataset, folder
         self.console = Console(quiet=fabric.global_rank > 0)
         self.stages_begun = 0
+        self._stage: tuple[str, _Meter] | None = None
 
     # Which images a stage works on: all, or the first max_steps of them.
 
@@ -209,7 +211,8 @@ class Run:
         """Announce a stage; record its seconds over all attempts, by the clock and by the processor, and peak memory.
 
         Seconds of the processor are those of this process and its loaders; on a machine that is shared, they and not
-        the clock tell what a stage costs. Memory is that of this process.
+        the clock tell what a stage costs. Memory is that of this process. Long stages record them on the way
+        (:meth:`keep_costs`), so that a killed attempt counts too.
 
         Weights that the stage draws depend on its name and the seed, not on whether the stages before ran or were
         found done.
@@ -220,21 +223,22 @@ class Run:
         self.stages_begun += 1
         self.console.rule(f"[bold]{self.stages_begun}  {title}", align="left")
         torch.manual_seed(self.derived_seed(name))
-        start, busy, memory = time.perf_counter(), _processor_seconds(), _PeakMemory()
-        try:
-            with memory:
+        with _Meter() as meter:
+            self._stage = (name, meter)
+            try:
                 yield
-        finally:
-            before = self.metrics["stages"].get(name, {"seconds": 0.0, "cpu_seconds": 0.0, "peak_mb": 0.0})
-            costs = {
-                "seconds": round(before["seconds"] + time.perf_counter() - start, 2),
-                "cpu_seconds": round(before.get("cpu_seconds", 0.0) + _processor_seconds() - busy, 2),
-                "peak_mb": max(before["peak_mb"], memory.peak_mb),
-            }
-            self.record(stages={name: costs})
+            finally:
+                self.keep_costs()
+                self._stage = None
         self.fabric.barrier()
         if name == self.config.until:
             raise StoppedEarly(self)
+
+    def keep_costs(self, every: float = 0.0) -> None:
+        """Record what the stage has cost until now, unless that was done less than ``every`` seconds ago."""
+        if self._stage is not None and self._stage[1].elapsed() >= every:
+            name, meter = self._stage
+            self.record(stages={name: meter.added_to(self.metrics["stages"].get(name, {}))})
 
     def for_each(self, names: Sequence[str], output: Callable[[str], Path], work: Callable[[str], None]) -> None:
         """Call ``work`` for every image whose ``output`` file is not there yet.
@@ -256,6 +260,7 @@ class Run:
                 bar = progress.add_task("images", total=len(names), completed=len(names) - len(todo))
                 for _ in pool.map(work, mine):
                     progress.advance(bar, self.fabric.world_size)
+                    self.keep_costs(every=CHECKPOINT_SECONDS)
         finally:
             pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, only what is under way is finished
             torch.set_num_threads(cores)
@@ -484,24 +489,40 @@ def _processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
-class _PeakMemory(threading.Thread):
-    """Peak of this process while the block runs: resident memory, and on a GPU the allocator's."""
+class _Meter(threading.Thread):
+    """What the block costs: seconds, and the peak of this process' resident memory, or on a GPU of the allocator's."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self._done, self._process, self.peak_mb = threading.Event(), psutil.Process(), 0.0
+        self._done, self._process, self._resident = threading.Event(), psutil.Process(), 0.0
+        self._read_at, self._busy = time.perf_counter(), _processor_seconds()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Meter:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.start()
-
-    def run(self) -> None:
-        while not self._done.wait(0.05):
-            self.peak_mb = max(self.peak_mb, round(self._process.memory_info().rss / 1e6, 1))
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self.join()
-        if torch.cuda.is_available():
-            self.peak_mb = round(torch.cuda.max_memory_allocated() / 1e6, 1)
+
+    def run(self) -> None:
+        while not self._done.wait(0.05):
+            self._resident = max(self._resident, self._process.memory_info().rss)
+
+    def elapsed(self) -> float:
+        """Seconds since the costs were last read."""
+        return time.perf_counter() - self._read_at
+
+    def added_to(self, before: Mapping[str, float]) -> dict[str, float]:
+        """The costs ``before`` and those since they were last read."""
+        seconds, busy = self.elapsed(), _processor_seconds()
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self._resident
+        costs = {
+            "seconds": round(before.get("seconds", 0.0) + seconds, 2),
+            "cpu_seconds": round(before.get("cpu_seconds", 0.0) + busy - self._busy, 2),
+            "peak_mb": max(before.get("peak_mb", 0.0), round(peak / 1e6, 1)),
+        }
+        self._read_at, self._busy = self._read_at + seconds, busy
+        return costs

@@ -193,6 +193,11 @@ def percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.1f}"
 
 
+def overlap_of(key: str) -> str:
+    """The overlap that a key of average precisions stands for: 0.5 of "ap50"."""
+    return f"{int(key.removeprefix('ap')) / 100:g}"
+
+
 def bracketed(difference: float) -> str:
     """A difference with its sign, in brackets behind a figure; nothing for nan."""
     return "" if math.isnan(difference) else f" ({round(difference, 1) + 0.0:+.1f})"  # not -0.0

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from recipes.pipeline.data import IGNORE, ImageSet
 from recipes.pipeline.files import load_tensors, reading, replacing
-from recipes.pipeline.run import Run
+from recipes.pipeline.run import CHECKPOINT_SECONDS, Run
 from recipes.pipeline.views import scaled_size
 
 
@@ -205,7 +205,7 @@ def fit(
     warmup: float = 0.0,
     clip: float | None = None,
     choose: Callable[[Moment], float | None] | None = None,
-    checkpoint_seconds: float = 30.0,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> nn.Module:
     """Train ``model`` and leave its weights in ``checkpoints/STAGE.pt``; load them if they are there.
 
@@ -296,6 +296,7 @@ def fit(
                     best=best,
                 )
                 saved_at = time.monotonic()
+                run.keep_costs()
     if best:
         model.load_state_dict(best["model"])
         run.record(chosen={stage: {"step": best["step"], "score": best["score"]}})

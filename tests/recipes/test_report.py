@@ -214,6 +214,14 @@ def test_report_says_how_many_pixels_are_unsure(run, dataset):
     assert "12.3 %, counted as wrong" in read(run, dataset).text
 
 
+def test_report_shows_the_precision_of_instances_where_it_was_measured(run, dataset):
+    assert "average precision" not in read(run, dataset).text
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["instances"] = {"ap50": {"mean": 61.23, "images": 3, "cow & calf": 61.23}}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert "IoU above 0.5 3 61.2 - 61.2" in read(run, dataset).text
+
+
 def test_report_says_when_the_run_was_cut_short(run, dataset):
     assert "cut short" not in read(run, dataset).text
     with (run / "config.yaml").open("a") as file:

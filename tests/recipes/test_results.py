@@ -132,6 +132,24 @@ def test_an_oracle_stands_in_brackets_and_nowhere_else() -> None:
     assert rows(results, 0)["cam"][1] == "40.0"
 
 
+def test_what_single_systems_measure_has_a_table_of_its_own() -> None:
+    def student(seed: int, miou: float) -> dict:
+        return metrics("reviewkd", seed, 40.0, measurements=[measurement("student alone", miou, split="val")])
+
+    boxes = [
+        metrics("bbam", seed, 50.0, instances={"ap50": {"mean": mean, "images": 7, "cat": mean}})
+        for seed, mean in ((0, 60.0), (1, 62.0))
+    ]
+    runs = {"bbam-s0": boxes[0], "bbam-s1": boxes[1], "reviewkd-s0": student(0, 35.0), "reviewkd-s1": student(1, 37.0)}
+    table = Results({**RUNS, **runs}).rest()
+    assert table is not None
+    assert table.rows == [
+        ("bbam", "instances", "AP at 0.5", "7 val", "61.0 ± 1.4"),
+        ("reviewkd", "student alone", "mIoU", "8 val", "36.0 ± 1.4"),
+    ]
+    assert Results(RUNS).rest() is None
+
+
 def test_classes_are_means_over_the_runs() -> None:
     grid = next(iter(Results(RUNS).classes()))
     assert grid.title == "IoU per class: seed, 8 train images"

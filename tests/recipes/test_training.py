@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,23 @@ def train(run: Run, loss_of=squared_error, schedule: Schedule = SCHEDULE, **opti
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_what_a_training_costs_is_recorded_on_the_way_and_counted_once(tmp_path: Path) -> None:
+    run, began, on_the_way = make_run(tmp_path), time.perf_counter(), []
+
+    def slow_error(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
+        time.sleep(0.1)
+        on_the_way.append(run.metrics["stages"].get("points", {}).get("seconds", 0.0))
+        return squared_error(model, batch, at)
+
+    with run.stage("points", "Points"):
+        train(run, slow_error)
+    costs, steps = run.metrics["stages"]["points"], len(on_the_way)
+    assert on_the_way == sorted(on_the_way)
+    assert on_the_way[1] >= 0.1  # what a killed run would have left
+    assert 0.1 * steps <= costs["seconds"] <= time.perf_counter() - began + 0.01 * steps  # each record is rounded
+    assert costs["peak_mb"] > 100
 
 
 @pytest.mark.parametrize("decay", ["cosine", "poly"])
