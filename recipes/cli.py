@@ -466,15 +466,19 @@ def _preset(argv: Sequence[str], module: ModuleType) -> str:
 @contextmanager
 def _keeping_source(script: Path, folder: Path) -> Iterator[None]:
     """Keep the script that makes a run beside its results, and say if another version of it began the run."""
-    kept = folder / "recipe.py"
-    source = script.read_bytes()
+    kept, settings = folder / "recipe.py", folder / "config.yaml"
+    source, others = script.read_bytes(), False
+    begun = settings.exists()
     if kept.exists() and kept.read_bytes() != source and _first_process():
         note = f"{script.name} has changed since {folder} was begun: stages that are finished stay as they are. "
         Console(stderr=True).print(f"[yellow]{escape(note)}Give another --out to start afresh.[/]", soft_wrap=True)
     try:
         yield
+    except ValueError:  # the folder may be that of another run
+        others = begun
+        raise
     finally:
-        if (folder / "config.yaml").exists() and _first_process():
+        if settings.exists() and not others and _first_process():
             from recipes.pipeline.files import replacing
 
             with replacing(kept) as file:

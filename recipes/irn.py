@@ -170,7 +170,9 @@ def refine_with_irn(run: Run, relation: RelationConfig, walk: WalkConfig, mask_c
 def centre_displacements(run: Run, model: IRNet, zoom: float) -> None:
     """Take the mean displacement off, which the loss leaves free; kept in ``checkpoints/mean_shift.pt``."""
     file = run.path("checkpoints", "mean_shift.pt")
-    if not file.exists():
+    fitted = file.exists()
+    run.fabric.barrier()  # all look before one writes
+    if not fitted:
         model.head.mean_shift.fit(
             (relations_of(run, model, name, zoom).displacement for name in run.train), weighting="pixel"
         )

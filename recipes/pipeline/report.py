@@ -135,8 +135,9 @@ def write_report(run_dir: str | Path, dataset: ImageSet) -> Path:
 def finish(run: Run) -> dict[str, Any]:
     """The end of every recipe: write the report, print the table of results, give the metrics back."""
     if run.fabric.global_rank == 0:
-        run.record(machine=machine(), finished=True)
+        run.record(machine=machine())
         write_report(run.folder, run.dataset)
+        run.record(finished=True)
         print_summary(run.metrics, run.folder, run.console)
     run.fabric.barrier()
     return run.metrics

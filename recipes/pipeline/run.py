@@ -85,7 +85,7 @@ class RunConfig:
 
 IDENTITY_FIELDS_LEFT_OUT = ("out", "workers", "devices", "nodes", "accelerator", "reuse", "share", "until")
 CHECKPOINT_SECONDS = 30.0  # between checkpoints of a training, and records of what a stage has cost
-ORIGIN = ("data", "labels", "classes", "train_list", "seed", "max_steps")  # of a classifier
+ORIGIN = ("data", "labels", "classes", "train_list", "seed", "precision", "max_steps")  # of a classifier
 
 
 class StoppedEarly(Exception):
@@ -223,7 +223,7 @@ class Run:
         self.stages_begun += 1
         self.console.rule(f"[bold]{self.stages_begun}  {title}", align="left")
         torch.manual_seed(self.derived_seed(name))
-        with _Meter() as meter:
+        with _Meter(on_gpu=self.fabric.device.type == "cuda") as meter:
             self._stage = (name, meter)
             try:
                 yield
@@ -296,6 +296,10 @@ def start(recipe: str, config: RunConfig, takes: Sequence[str] = ("classify", "c
             data (see :func:`load_dataset`).
     """
     check_settings(config)
+    if config.accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
+        raise ValueError(
+            f"accelerator: expected a machine with CUDA for {config.accelerator!r}, but there is none here"
+        )
     dataset = load_dataset(
         config.data,
         classes=config.classes.split(",") if config.classes else None,
@@ -313,9 +317,10 @@ def start(recipe: str, config: RunConfig, takes: Sequence[str] = ("classify", "c
         _keep_freed_memory()
     folder = config.out or Path("runs") / f"{recipe}-{config.preset}-s{config.seed}"
     if fabric.global_rank == 0:
-        _open_folder(folder, recipe, config)
+        _open_folder(folder, recipe, config, _learnt_from(dataset))
     fabric.barrier()
     run = Run(recipe, config, fabric, dataset, folder)
+    run.record(plain=list(takes), learnt_from=_learnt_from(dataset))
     if fabric.global_rank == 0:
         if config.reuse is not None:
             _take_over(run, config.reuse, takes)
@@ -375,19 +380,33 @@ def _completed(found: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any
     return both
 
 
-def _open_folder(folder: Path, recipe: str, config: RunConfig) -> None:
+def _learnt_from(dataset: ImageSet) -> dict[str, int]:
+    """What tells one set of training images and tags from another, whatever the lists and files are called."""
+    told = "\n".join(f"{name}: {[dataset.classes[k - 1] for k in dataset.tags[name]]}" for name in dataset.train)
+    return {"images": len(dataset.train), "checksum": zlib.crc32(told.encode())}
+
+
+def _other_images(found: Mapping[str, Any], wanted: Mapping[str, int]) -> list[str]:
+    """A few words if a metrics.json is of a run on other training images; earlier ones don't tell."""
+    there = found.get("learnt_from", wanted)
+    if there == wanted:
+        return []
+    return [f"training images and their tags: {there['images']:,} there, {wanted['images']:,} others now"]
+
+
+def _open_folder(folder: Path, recipe: str, config: RunConfig, learnt_from: Mapping[str, int]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.rglob("*.part-*"):
-        left_over.unlink()
-    wanted = {"recipe": recipe, **settings(config)}
+    wanted, kept = {"recipe": recipe, **settings(config)}, folder / "metrics.json"
+    metrics = read_metrics(folder, ANEW) if kept.exists() else None
     if (folder / "config.yaml").exists():
         differing = differing_settings(read_settings(folder, ANEW), wanted, defaults(config))
+        differing += _other_images(metrics or {}, learnt_from)
         if differing:
             told = "; ".join(differing)
             raise ValueError(f"out: {folder} holds a run with other settings ({told}); give another --out or remove it")
-    kept = folder / "metrics.json"
-    if kept.exists():  # before --until changes: a kill in between must not leave a run that seems whole
-        metrics = read_metrics(folder, ANEW)
+    for left_over in folder.rglob("*.part-*"):
+        left_over.unlink()
+    if metrics is not None:  # before --until changes: a kill in between must not leave a run that seems whole
         with replacing(kept, "w") as out:
             json.dump({**metrics, "finished": False}, out, indent=1)
     with replacing(folder / "config.yaml", "w") as out:
@@ -407,54 +426,72 @@ def differing_settings(
     found = _completed(found, unsaid)
     if keys is None:
         keys = sorted((wanted.keys() | found.keys()) - set(IDENTITY_FIELDS_LEFT_OUT))
-    differing = [key for key in keys if wanted.get(key) != found.get(key)]
-    return [f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in differing]
+    return [told for key in keys for told in _differing_leaves(key, found.get(key), wanted.get(key))]
+
+
+def _differing_leaves(key: str, there: Any, now: Any) -> Iterator[str]:
+    if isinstance(there, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys((*there, *now)):
+            yield from _differing_leaves(f"{key}.{name}", there.get(name), now.get(name))
+    elif there != now:
+        yield f"{key}: {there!r} there, {now!r} now"
 
 
 def _take_over(run: Run, source: Path, takes: Sequence[str]) -> None:
     """Link what the stages ``takes`` left in ``source`` into ``run`` if it was made with the same settings."""
     if not takes:
         raise ValueError(f"reuse: {run.recipe} trains no plain classifier, so there is nothing to take over")
-    told = _differing(run, source, (*ORIGIN, *takes))
+    told = _differing(run, source, takes)
     if told:
         raise ValueError(f"reuse: the classifier of {source} was made with other settings ({'; '.join(told)})")
-    needed, found_too = [source / "checkpoints" / "classify.pt"], [source / "curves" / "classify.jsonl"]
-    if "cams" in takes:
-        needed += [source / "cam" / f"{name}.npz" for name in run.train]
-        found_too += (source / "cam").rglob("*.npz")
-    missing = [str(file) for file in needed if not file.exists()]
+    missing = _missing(run, source, takes)
     if missing:
         raise ValueError(f"reuse: {source} is not finished, {len(missing)} files are missing, e.g. {missing[0]}")
     if _has_its_own_classifier(run, source):
         told = "has trained a classifier of its own; leave the flag out or give another --out"
         raise ValueError(f"reuse: {run.folder} {told}")
-    for file in [*needed, *(file for file in found_too if file.exists())]:
+    _link_stages(run, source, takes)
+
+
+def _share(run: Run, source: Path, takes: Sequence[str]) -> None:
+    """Link the first of the stages ``takes`` that are finished and whose settings agree; say what is made anew."""
+    taken: list[str] = []
+    told = ["this run has trained a classifier of its own"] if takes and _has_its_own_classifier(run, source) else []
+    for stage in takes:
+        told = told or _differing(run, source, (stage,))
+        if told or _missing(run, source, (stage,)):
+            why = "; ".join(told) or "it is not finished"
+            note = f"  {stage} is made anew, not that of {source}: {why}"
+            run.console.print(escape(note), highlight=False, soft_wrap=True)
+            break
+        taken.append(stage)
+    if taken:
+        _link_stages(run, source, taken)
+
+
+def _files_of(run: Run, source: Path, stage: str) -> list[Path]:
+    """What ``run`` needs of a stage of ``source``."""
+    if stage == "classify":
+        return [source / "checkpoints" / "classify.pt"]
+    return [source / "cam" / f"{name}.npz" for name in run.train]
+
+
+def _missing(run: Run, source: Path, takes: Sequence[str]) -> list[str]:
+    return [str(file) for stage in takes for file in _files_of(run, source, stage) if not file.exists()]
+
+
+def _link_stages(run: Run, source: Path, takes: Sequence[str]) -> None:
+    files = [file for stage in takes for file in _files_of(run, source, stage)]
+    if "cams" in takes:
+        files += (source / "cam").rglob("*.npz")
+    curve = source / "curves" / "classify.jsonl"
+    for file in [*files, *([curve] if curve.exists() else [])]:
         target = run.folder / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             _link(file, target)
     stages = read_metrics(source)["stages"]
-    taken = {name: stages[name] for name in takes if name in stages}
-    run.record(stages=taken, reused=str(source), taken=list(taken))
-
-
-def _share(run: Run, source: Path, takes: Sequence[str]) -> None:
-    """:func:`_take_over` of the first stages that are finished and whose settings agree; says what is made anew."""
-    if not takes:
-        return
-    taken: list[str] = []
-    told, finished = _differing(run, source, ORIGIN), read_metrics(source)["stages"]
-    if _has_its_own_classifier(run, source):
-        told = ["this run has trained a classifier of its own"]
-    for stage in takes:
-        told = told or ([] if stage in finished else ["it is not finished"]) or _differing(run, source, (stage,))
-        if told:
-            note = f"  {stage} is made anew, not that of {source}: {'; '.join(told)}"
-            run.console.print(escape(note), highlight=False, soft_wrap=True)
-            break
-        taken.append(stage)
-    if taken:
-        _take_over(run, source, taken)
+    run.record(stages={name: stages[name] for name in takes if name in stages}, reused=str(source), taken=list(takes))
 
 
 def _has_its_own_classifier(run: Run, source: Path) -> bool:
@@ -477,11 +514,25 @@ def _link(file: Path, target: Path) -> None:
             copy.write(file.read_bytes())
 
 
-def _differing(run: Run, source: Path, keys: Sequence[str]) -> list[str]:
+def _differing(run: Run, source: Path, takes: Sequence[str]) -> list[str]:
+    """Why the stages ``takes`` of ``source`` are not those that ``run`` would make."""
     if not (source / "config.yaml").exists():
         flag = "share" if run.config.reuse is None else "reuse"
         raise ValueError(f"{flag}: expected a run folder with config.yaml, got {source}")
-    return differing_settings(read_settings(source), settings(run.config), defaults(run.config), keys)
+    found = read_settings(source)
+    metrics = read_metrics(source) if (source / "metrics.json").exists() else {}
+    told = differing_settings(found, settings(run.config), defaults(run.config), (*ORIGIN, *takes))
+    plain = metrics.get("plain", _plain_before(found, metrics))
+    told += [f"{stage}: {found.get('recipe')} makes its own" for stage in takes if stage not in plain]
+    return told + _other_images(metrics, _learnt_from(run.dataset))
+
+
+def _plain_before(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+    """The stages of a run that are those of the plain CAM, of one that began before runs recorded them."""
+    plain = ["classify"] if "classify" in config else []
+    if config.get("recipe") in ("cam", "rw", "irn", "c2am", "reviewkd") or "cams" in metrics.get("taken", ()):
+        plain.append("cams")
+    return plain
 
 
 def _processor_seconds() -> float:
@@ -492,13 +543,14 @@ def _processor_seconds() -> float:
 class _Meter(threading.Thread):
     """What the block costs: seconds, and the peak of this process' resident memory, or on a GPU of the allocator's."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_gpu: bool) -> None:
         super().__init__(daemon=True)
-        self._done, self._process, self._resident = threading.Event(), psutil.Process(), 0.0
+        self._on_gpu, self._done = on_gpu, threading.Event()
+        self._process, self._resident = psutil.Process(), 0.0
         self._read_at, self._busy = time.perf_counter(), _processor_seconds()
 
     def __enter__(self) -> _Meter:
-        if torch.cuda.is_available():
+        if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
         self.start()
         return self
@@ -518,7 +570,7 @@ class _Meter(threading.Thread):
     def added_to(self, before: Mapping[str, float]) -> dict[str, float]:
         """The costs ``before`` and those since they were last read."""
         seconds, busy = self.elapsed(), _processor_seconds()
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self._resident
+        peak = torch.cuda.max_memory_allocated() if self._on_gpu else self._resident
         costs = {
             "seconds": round(before.get("seconds", 0.0) + seconds, 2),
             "cpu_seconds": round(before.get("cpu_seconds", 0.0) + busy - self._busy, 2),

@@ -216,6 +216,19 @@ def test_run_keeps_the_script_and_says_when_it_has_changed(toy, capsys):
     assert kept.read_bytes() == Path(toy.__file__).read_bytes()
 
 
+def test_a_refused_run_leaves_the_script_of_the_other(toy, capsys, monkeypatch):
+    main(["run", "toy"])
+    kept = Path("runs/toy-demo-s0/recipe.py")
+    kept.write_text("the other's")
+
+    def refuse(config):
+        raise ValueError("out: holds a run with other settings")
+
+    monkeypatch.setattr(toy, "main", refuse)
+    assert "other settings" in fails(["run", "toy"], capsys)
+    assert kept.read_text() == "the other's"
+
+
 def test_a_full_disk_leaves_the_script_that_was_kept(toy, capsys, monkeypatch):
     main(["run", "toy"])
     kept = Path("runs/toy-demo-s0/recipe.py")

@@ -94,7 +94,7 @@ def test_reuse_of_another_classifier_is_refused(whole_irn: Path, tmp_path: Path)
         *("--classify.schedule.epochs", "2"),
     )
     assert ended.status == 2
-    assert "was made with other settings (classify:" in ended.output
+    assert "was made with other settings (classify.schedule.epochs: 1 there, 2 now)" in ended.output
 
 
 @pytest.mark.slow

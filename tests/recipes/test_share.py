@@ -1,13 +1,13 @@
 """Taking over another run's classifier, checked on files alone."""
 
 import errno
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from recipes import cam
 from recipes.pipeline.cams import CamConfig
@@ -81,14 +81,48 @@ def test_cams_of_two_classifiers_are_never_mixed(plain: Path, tmp_path: Path, ow
         start("other", replace(TINY, out=tmp_path / "run", reuse=plain))
 
 
-def test_share_takes_only_the_stages_that_are_finished(plain: Path, tmp_path: Path, capsys) -> None:
-    metrics = json.loads((plain / "metrics.json").read_text())
-    del metrics["stages"]["cams"]
-    (plain / "metrics.json").write_text(json.dumps(metrics))
+@pytest.mark.parametrize(
+    ("missing", "taken"),
+    [("cam", ["classify"]), ("checkpoints", [])],
+    ids=["stopped in the maps", "stopped in training"],
+)
+def test_share_takes_only_the_stages_that_are_finished(
+    plain: Path, tmp_path: Path, capsys, missing: str, taken: list[str]
+) -> None:
+    next((plain / missing).iterdir()).unlink()
     run = begin(tmp_path / "run", plain)
-    assert run.path("checkpoints/classify.pt").exists()
+    assert run.metrics.get("taken", []) == taken
     assert not run.path("cam").exists()
-    assert "cams is made anew" in capsys.readouterr().out
+    stage = "cams" if taken else "classify"
+    assert f"{stage} is made anew, not that of {plain}: it is not finished" in capsys.readouterr().out
+
+
+def test_maps_of_another_system_are_not_the_plain_ones(plain: Path, tmp_path: Path, capsys) -> None:
+    start("recam", replace(TINY, out=tmp_path / "recam"), ("classify",))
+    for folder in ("checkpoints", "cam"):
+        (plain / folder).rename(tmp_path / "recam" / folder)
+    run = begin(tmp_path / "run", tmp_path / "recam")
+    assert run.metrics["taken"] == ["classify"]
+    assert "cams: recam makes its own" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="cams: recam makes its own"):
+        start("other", replace(TINY, out=tmp_path / "other", reuse=tmp_path / "recam"))
+
+
+def test_another_list_of_val_images_can_mean_other_training_images(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for k in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / f"a{k}.png")
+    (tmp_path / "photos" / "tags.csv").write_text("name,tags\n" + "".join(f"a{k},cat\n" for k in range(6)))
+    (tmp_path / "val.txt").write_text("a0\n")
+    config = replace(
+        TINY, data=f"folder:{tmp_path / 'photos'}", labels=str(tmp_path / "photos" / "tags.csv"), out=tmp_path / "run"
+    )
+    start("cam", config)
+    with pytest.raises(ValueError, match="training images and their tags: 6 there, 5 others now"):
+        start("rw", replace(config, out=tmp_path / "rw", reuse=tmp_path / "run", val_list=str(tmp_path / "val.txt")))
+    (tmp_path / "photos" / "tags.csv").write_text("name,tags\n" + "".join(f"a{k},dog\n" for k in range(6)))
+    with pytest.raises(ValueError, match="out: .*run holds a run with other settings .training images and their tags"):
+        start("cam", config)
 
 
 def test_share_copies_from_another_disk(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,10 +135,10 @@ def test_share_copies_from_another_disk(plain: Path, tmp_path: Path, monkeypatch
     assert begin(tmp_path / "run", plain).metrics["taken"] == ["classify", "cams"]  # a copy is the same classifier
 
 
-def test_share_wants_a_finished_run(plain: Path, tmp_path: Path) -> None:
+def test_reuse_wants_a_finished_run(plain: Path, tmp_path: Path) -> None:
     (plain / "checkpoints/classify.pt").unlink()
-    with pytest.raises(ValueError, match="cam-s0 is not finished, 1 files are missing"):
-        begin(tmp_path / "run", plain)
+    with pytest.raises(ValueError, match="reuse: .*cam-s0 is not finished, 1 files are missing"):
+        start("other", replace(TINY, out=tmp_path / "run", reuse=plain))
 
 
 def test_another_share_is_the_same_run(plain: Path, tmp_path: Path) -> None:
