@@ -37,7 +37,7 @@ from recipes.pipeline.models import Classifier
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
-from recipes.pipeline.views import image_tensor, views
+from recipes.pipeline.views import views
 from recipes.settings.advcam import PRESETS, ClimbConfig, Config
 from wsss_modules import AdvCAM
 
@@ -69,7 +69,7 @@ def write_climbed_cams(
     advcam = climber(classifier, classifier.head.classifier, climb)
 
     def work(name: str) -> None:
-        image = image_tensor(run.dataset.image(name)).to(device)
+        image = run.image(name)
         labels = torch.from_numpy(run.dataset.labels(name)).to(device)
         both = views(image, classifier.trunk, cams.scales, long_side=cams.long_side)
         pairs = {scale: pair[None] for scale, pair in zip(cams.scales, both, strict=True)}

@@ -38,7 +38,7 @@ from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import keep_and_measure
 from recipes.pipeline.segmenter import SegFormer, SegFormerConfig, SegFormerHead
 from recipes.pipeline.training import FramedCrops, Moment, RandomLongSide, crop_transform, fit, two_speed_groups
-from recipes.pipeline.views import image_tensor, scaled_size, views
+from recipes.pipeline.views import scaled_size, views
 from recipes.settings.afa import PRESETS, AFAConfig, Config
 from wsss_losses import AFALoss, AFATerms, afa_loss
 from wsss_modules import (
@@ -183,7 +183,7 @@ def train(run: Run, model: AFANet, config: AFAConfig) -> None:
 
 
 def found_in(run: Run, model: AFANet, name: str, scales: Sequence[float]) -> Localised:
-    image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
+    image = run.image(name)
     stride, smallest = model.trunk.output_stride, model.trunk.smallest
     at_each_scale = list(views(image, model, scales, multiple=stride, smallest=smallest))
     middle = min(range(len(scales)), key=lambda i: abs(scales[i] - 1))
@@ -211,7 +211,7 @@ def write_walks(run: Run, model: AFANet, config: AFAConfig, scales: Sequence[flo
         coarse = F.interpolate(found.cam, found.grid, mode="bilinear", align_corners=False)
         (scores,) = AffinityRandomWalk(config.radius, backgrounds=(config.low,))(coarse, found.affinity, labels)
         scores = F.interpolate(scores, size, mode="bilinear", align_corners=False)
-        pixels = image_tensor(run.dataset.image(name))[None].to(scores.device).float() / 255
+        pixels = run.image(name)[None].float() / 255
         return refine_scores(pixels, scores, labels, par(config))[0].argmax(0)
 
     write_masks(run, run.train, mask_of)

@@ -47,7 +47,7 @@ from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import keep_and_measure
 from recipes.pipeline.segmenter import CosineSegmenter
 from recipes.pipeline.training import Moment, RandomScale, crop_transform, fit, two_speed_groups
-from recipes.pipeline.views import image_tensor, scaled_size, view
+from recipes.pipeline.views import scaled_size, view
 from recipes.settings.bana import PRESETS, BoxConfig, Config
 from wsss_losses import NoiseAwareLoss, NoiseAwareTerms
 from wsss_modules import (
@@ -112,7 +112,7 @@ def write_labels(run: Run, net: BoxNet, boxes: Boxes, config: BoxConfig) -> None
 
     @torch.no_grad()
     def work(name: str) -> None:
-        image = image_tensor(run.dataset.image(name)).to(device)
+        image = run.image(name)
         size = (image.shape[-2], image.shape[-1])
         inputs = view(image, scaled_size(*size, config.label_scale), net.trunk.mean, net.trunk.std, flip=False)
         features, (corners, classes) = net.features(inputs)[0], boxes.tensors(name)

@@ -44,7 +44,7 @@ from recipes.pipeline.labels import measure_cams, measure_masks
 from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
-from recipes.pipeline.views import image_tensor, view
+from recipes.pipeline.views import view
 from recipes.settings.bbam import PRESETS, Config, ExplainConfig, MaskConfig
 from wsss_losses import SeedGrowingMaskLoss
 from wsss_modules import (
@@ -108,7 +108,7 @@ def write_maps(run: Run, detector: Detector, boxes: Boxes, config: ExplainConfig
     detector.to(device).eval()
 
     def work(name: str) -> None:
-        image = image_tensor(run.dataset.image(name)).to(device)
+        image = run.image(name)
         size, (corners, classes) = (image.shape[-2], image.shape[-1]), boxes.tensors(name)
         square = view(image, (side, side), detector.mean, detector.std, flip=False)
         scale = side / torch.tensor([size[1], size[0]] * 2)
@@ -131,7 +131,7 @@ def write_instance_masks(run: Run, boxes: Boxes, config: MaskConfig) -> None:
     palette = run.dataset.palette_index
 
     def work(name: str) -> None:
-        image, (corners, classes) = image_tensor(run.dataset.image(name)), boxes.tensors(name)
+        image, (corners, classes) = run.image(name), boxes.tensors(name)
         maps, size = read_objects(run, name, len(classes)), (image.shape[-2], image.shape[-1])
         for folder, crf in (("mask", None), ("mask_crf", dense_refiner(image))):
             both = {kind: torch.zeros(len(maps), *size, dtype=torch.bool) for kind in ("strict", "loose")}
@@ -150,7 +150,7 @@ def dense_refiner(image: Tensor) -> Callable[[Tensor], Tensor]:
     """A dense CRF over one image (3, H, W) uint8, whose kernels serve all objects: scores to probabilities."""
     crf = DenseCRF(BBAM_CRF)
     kernels = crf.prepare(image[None])
-    return lambda scores: crf(kernels, unary_from_scores(scores[None].float()))[0].double()
+    return lambda scores: crf(kernels, unary_from_scores(scores[None].float().to(image.device)))[0].double().cpu()
 
 
 def read_objects(run: Run, name: str, count: int) -> list[Tensor]:

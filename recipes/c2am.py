@@ -46,7 +46,7 @@ from recipes.pipeline.saliency import is_object, measure_saliency, read_saliency
 from recipes.pipeline.segmentation import segmentation_from_masks, train_segmentation
 from recipes.pipeline.segmenter import SegmentConfig
 from recipes.pipeline.training import Moment, TaggedCrops, crop_transform, fit, two_speed_groups
-from recipes.pipeline.views import image_tensor, views
+from recipes.pipeline.views import views
 from recipes.settings.c2am import PRESETS, Config, ContrastConfig, CueConfig
 from wsss_losses import C2AMLoss
 from wsss_modules import (
@@ -130,16 +130,16 @@ def write_cues(run: Run, model: DisentanglingNet, config: CueConfig, folder: str
 
     @torch.no_grad()
     def work(name: str) -> None:
-        image = image_tensor(run.dataset.image(name))
+        image = run.image(name)
         maps: list[Tensor] = []
-        for both in views(image.to(run.fabric.device), model.trunk, config.scales, long_side=config.long_side):
+        for both in views(image, model.trunk, config.scales, long_side=config.long_side):
             maps += model(both).logits.split(1)
         mirrored = [False, True] * len(config.scales)
         options = {"inverted": inverted, "mirrored": mirrored, "invert": config.invert}
         merged = merge_class_agnostic_maps(maps, tuple(image.shape[-2:]), **options)
         cue = threshold_cue(merged.high_res, config.threshold)
-        refined = dense_crf(image[None], unary_from_mask(cue.cpu(), num_labels=2), IRN_CRF)
-        save_saliency(run, name, refined[0, 1].numpy(), folder)
+        refined = dense_crf(image[None], unary_from_mask(cue, num_labels=2), IRN_CRF)
+        save_saliency(run, name, refined[0, 1].cpu().numpy(), folder)
 
     run.for_each(run.train, lambda name: run.path(folder, f"{name}.png"), work)
 
@@ -153,7 +153,7 @@ def refine_cues(run: Run, config: SegmentConfig) -> None:
 
     @torch.no_grad()
     def work(name: str) -> None:
-        image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
+        image = run.image(name)
         save_saliency(run, name, cues.probabilities(image, config.test_scales)[1].cpu().numpy())
 
     run.for_each(run.train, lambda name: run.path("saliency", f"{name}.png"), work)
@@ -161,10 +161,9 @@ def refine_cues(run: Run, config: SegmentConfig) -> None:
 
 def refined_mask(run: Run, name: str) -> Tensor:
     """The strongest class where its CAM exceeds the background cue, 1 - saliency."""
-    stored = read_cam(run, name)
+    cam, keys = read_cam(run, name).tensors()
     saliency = torch.from_numpy(read_saliency(run, name))[None, None]
-    keys = torch.from_numpy(stored.keys)
-    return refine_cam_with_background_cue(torch.from_numpy(stored.cam)[None], saliency, keys=keys)[0]
+    return refine_cam_with_background_cue(cam, saliency, keys=keys)[0]
 
 
 def main(config: Config) -> dict:

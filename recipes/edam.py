@@ -51,7 +51,6 @@ from recipes.pipeline.training import (
     fit,
     two_speed_groups,
 )
-from recipes.pipeline.views import image_tensor
 from recipes.settings.edam import PRESETS, Config, EDAMConfig
 from wsss_losses import edam_loss
 from wsss_modules import (
@@ -155,16 +154,14 @@ def write_labels(run: Run, config: Config, saliency: Callable[[str], np.ndarray]
     """``mask``: the masks with saliency, where there is any; ``mask_crf``: the same of the scores of a dense CRF."""
 
     def label(name: str, refine: bool) -> Tensor:
-        stored = read_cam(run, name)
-        cam, keys = torch.from_numpy(stored.cam)[None], torch.from_numpy(stored.keys)
+        cam, keys = read_cam(run, name).tensors(run.fabric.device)
         if refine:
             scores = torch.cat([background_score(cam, 1), cam], 1)
-            image = image_tensor(run.dataset.image(name))[None]
-            scores = dense_crf(image, unary_from_scores(scores), CRF)
+            scores = dense_crf(run.image(name)[None], unary_from_scores(scores), CRF)
             if saliency is None:
                 return torch.cat([keys.new_zeros(1), keys])[scores[0].argmax(0)]
             cam = scores[:, 1:]
-        salient = None if saliency is None else torch.from_numpy(saliency(name))[None, None]
+        salient = None if saliency is None else torch.from_numpy(saliency(name))[None, None].to(cam.device)
         options = {"salient": config.salient, "alpha": config.alpha, "beta": config.beta}
         return edam_pseudo_label(cam, salient, keys=keys, threshold=config.threshold, **options)[0]
 

@@ -35,7 +35,7 @@ from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import MaskedCrops, Moment, RandomScale, crop_transform, fit, two_speed_groups
-from recipes.pipeline.views import image_tensor, scaled_size, view
+from recipes.pipeline.views import scaled_size, view
 from recipes.settings.irn import PRESETS, Config, RelationConfig, WalkConfig
 from wsss_losses import InterPixelRelationLoss
 from wsss_modules import (
@@ -87,15 +87,9 @@ def write_confident_labels(run: Run, config: RelationConfig) -> None:
     crf = DenseCRF(IRN_CRF)
 
     def mask_of(name: str) -> Tensor:
-        stored = read_cam(run, name)
-        return confident_label_from_cam(
-            torch.from_numpy(stored.cam)[None],
-            image_tensor(run.dataset.image(name))[None],
-            fg=config.foreground,
-            bg=config.background,
-            keys=torch.from_numpy(stored.keys),
-            crf=crf,
-        )[0]
+        cam, keys = read_cam(run, name).tensors(run.fabric.device)
+        thresholds = {"fg": config.foreground, "bg": config.background}
+        return confident_label_from_cam(cam, run.image(name)[None], **thresholds, keys=keys, crf=crf)[0]
 
     write_masks(run, run.train, mask_of, "ir_label")
 
@@ -119,10 +113,9 @@ def train_relations(run: Run, config: RelationConfig) -> IRNet:
 
 
 def relations_of(run: Run, model: IRNet, name: str, zoom: float) -> EdgeDisplacement:
-    image = image_tensor(run.dataset.image(name))
+    image = run.image(name)
     size = scaled_size(*image.shape[-2:], zoom)
-    plain = view(image, size, model.trunk.mean, model.trunk.std, flip=False)
-    return edge_displacement_inference(plain.to(run.fabric.device), model)
+    return edge_displacement_inference(view(image, size, model.trunk.mean, model.trunk.std, flip=False), model)
 
 
 def cam_on_grid(run: Run, name: str, edge: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ from recipes.pipeline.saliency import saliency_source
 from recipes.pipeline.segmentation import segment, segmentation_from_masks, train_segmentation
 from recipes.pipeline.segmenter import Segmenter
 from recipes.pipeline.training import Moment, fit, two_speed_groups
-from recipes.pipeline.views import image_tensor, view
+from recipes.pipeline.views import view
 from recipes.settings.nsrom import PRESETS, Config, NSROMConfig
 from wsss_losses import AttentionRegressionLoss
 from wsss_modules import (
@@ -146,10 +146,10 @@ def write_attention(run: Run, net: Reasoner, size: int, names: Sequence[str], fo
     net.to(device, memory_format=torch.channels_last).eval()
 
     def maps_of(name: str) -> dict[str, Tensor]:
-        image = image_tensor(run.dataset.image(name))
+        image = run.image(name)
         square = view(image, (size, size), net.trunk.mean, net.trunk.std, flip=False)
         present = torch.from_numpy(run.dataset.labels(name)).nonzero()[:, 0]
-        maps = net(square.to(device)).cam[:, present.to(device)]
+        maps = net(square).cam[:, present.to(device)]
         attention = attention_to_uint8(maps, tuple(image.shape[-2:]))[0].float() / 255
         return {"keys": present + 1, "cam": attention}
 
@@ -159,8 +159,7 @@ def write_attention(run: Run, net: Reasoner, size: int, names: Sequence[str], fo
 def first_label(run: Run, name: str, saliency: Callable[[str], np.ndarray]) -> Tensor:
     """Objects by attention, background by saliency; open where the first classifier hints at more objects."""
     second, first = read_cam(run, name), read_cam(run, name, FIRST)
-    keys = torch.from_numpy(second.keys)
-    attention, hints = (torch.from_numpy(stored.cam)[None] for stored in (second, first))
+    (attention, keys), (hints, _) = second.tensors(), first.tensors()
     label = background_extraction_label(attention, torch.from_numpy(saliency(name))[None, None], keys=keys)
     return potential_object_mining(label, hints, keys=keys)[0]
 

@@ -41,7 +41,7 @@ from recipes.pipeline.run import Run, start
 from recipes.pipeline.saliency import saliency_unless_none
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, fit, two_speed_groups
-from recipes.pipeline.views import image_tensor, view
+from recipes.pipeline.views import view
 from recipes.settings.rca import PRESETS, Config, RCAConfig
 from wsss_losses import RegionalContrastLoss
 from wsss_modules import (
@@ -174,12 +174,12 @@ def write_attention(run: Run, net: RCA, size: int) -> None:
     net.to(device, memory_format=torch.channels_last).eval()
 
     def maps_of(name: str) -> dict[str, Tensor]:
-        image = image_tensor(run.dataset.image(name))
+        image = run.image(name)
         if name in place:
             maps = net.attention(torch.tensor([place[name]], device=device))
         else:
             square = view(image, (size, size), net.trunk.mean, net.trunk.std, flip=False)
-            maps = net(square.to(device)).cam.relu()
+            maps = net(square).cam.relu()
         labels = torch.from_numpy(run.dataset.labels(name)).to(device)
         # the map covers the image whatever its shape, so there is no margin to cut off
         scaled = multi_scale_cam(
@@ -194,13 +194,12 @@ def write_fused_masks(run: Run, saliency: Callable[[str], np.ndarray], config: C
     """``mask_crf``: CRF scores of the attention maps joined with saliency; ``mask``: the same without the CRF."""
 
     def mask_of(name: str, refine: bool) -> Tensor:
-        stored = read_cam(run, name)
-        cam = torch.from_numpy(stored.cam)[None]
+        cam, keys = read_cam(run, name).tensors(run.fabric.device)
         scores = torch.cat([background_score(cam, config.alpha), cam], 1)
         if refine:
-            scores = dense_crf(image_tensor(run.dataset.image(name))[None], unary_from_scores(scores), PSA_CRF)
-        salient = torch.from_numpy(saliency(name))[None, None]
-        return fuse_saliency_labels(scores, salient, keys=torch.from_numpy(stored.keys))[0]
+            scores = dense_crf(run.image(name)[None], unary_from_scores(scores), PSA_CRF)
+        salient = torch.from_numpy(saliency(name))[None, None].to(cam.device)
+        return fuse_saliency_labels(scores, salient, keys=keys)[0]
 
     write_masks(run, run.train, lambda name: mask_of(name, refine=False))
     refine_masks(run, config.mask_crf, lambda name: mask_of(name, refine=True))

@@ -39,7 +39,7 @@ from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, RandomScale, crop_transform, fit, two_speed_groups
-from recipes.pipeline.views import image_tensor, view
+from recipes.pipeline.views import view
 from recipes.settings.rw import PRESETS, AffinityConfig, Config, WalkConfig
 from wsss_losses import AffinityLoss
 from wsss_modules import (
@@ -120,14 +120,14 @@ def write_scores(run: Run, config: AffinityConfig) -> None:
 
     @torch.no_grad()
     def work(name: str) -> None:
-        stored = read_cam(run, name)
-        cam = torch.from_numpy(stored.cam)[None]
-        kernels = crf_kernels(image_tensor(run.dataset.image(name))[None], PSA_CRF)
+        cam, keys = read_cam(run, name).tensors(run.fabric.device)
+        kernels = crf_kernels(run.image(name)[None], PSA_CRF)
         low, high = (
             dense_crf(kernels, unary_from_scores(torch.cat([background_score(cam, alpha), cam], 1)), PSA_CRF)[0]
             for alpha in (config.low_alpha, config.high_alpha)
         )
-        save_arrays(run.path("crf", f"{name}.npz"), keys=stored.keys, low=low.half().numpy(), high=high.half().numpy())
+        arrays = {"keys": keys, "low": low.half(), "high": high.half()}
+        save_arrays(run.path("crf", f"{name}.npz"), **{part: array.cpu().numpy() for part, array in arrays.items()})
 
     run.for_each(run.train, lambda name: run.path("crf", f"{name}.npz"), work)
 
@@ -155,15 +155,14 @@ def write_walks(run: Run, model: AffinityNet, walk: WalkConfig) -> None:
     model.to(run.fabric.device, memory_format=torch.channels_last)
 
     def mask_of(name: str) -> Tensor:
-        stored, image = read_cam(run, name), image_tensor(run.dataset.image(name))
+        (cam, keys), image = read_cam(run, name).tensors(run.fabric.device), run.image(name)
         size = tuple(image.shape[-2:])
-        plain = view(image, size, model.trunk.mean, model.trunk.std, flip=False).to(run.fabric.device)
+        plain = view(image, size, model.trunk.mean, model.trunk.std, flip=False)
         affinity = model.affinity(F.pad(plain, (0, -size[1] % STRIDE, 0, -size[0] % STRIDE)))
-        cam = torch.from_numpy(stored.cam)[None].to(run.fabric.device)
         options = {"beta": walk.beta, "n_steps": walk.steps, "method": walk.method}
         walked = propagate_cam(cam, affinity, alpha=walk.alpha, background=walk.background, stride=STRIDE, **options)
         best = upsample_scores(walked, size, stride=STRIDE)[0].argmax(0)
-        return torch.from_numpy(np.append(0, stored.keys))[best.cpu()]
+        return F.pad(keys, (1, 0))[best]
 
     write_masks(run, run.train, mask_of)
 

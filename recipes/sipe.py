@@ -40,7 +40,7 @@ from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import FramedCrops, Moment, RandomLongSide, crop_transform, fit, two_speed_groups
-from recipes.pipeline.views import image_tensor, views
+from recipes.pipeline.views import views
 from recipes.settings.sipe import PRESETS, Config, ExploreConfig
 from wsss_losses import sipe_loss
 from wsss_modules import (
@@ -121,7 +121,7 @@ def write_maps(run: Run, model: SIPE, names: tuple[str, ...], config: CamConfig)
 
     @torch.no_grad()
     def work(name: str) -> None:
-        image = image_tensor(run.dataset.image(name)).to(device)
+        image = run.image(name)
         labels = torch.from_numpy(run.dataset.labels(name)).to(device)[None]
         both_at_each = views(image, model.trunk, config.scales, long_side=config.long_side)
         maps = [model.read(both, labels).is_cam for both in both_at_each]
@@ -146,9 +146,8 @@ def refine(run: Run, config: Config) -> None:
     crf = DenseCRF(IRN_CRF)
 
     def confident(name: str) -> Tensor:
-        keys, scores = read_maps(run, name)
-        image = image_tensor(run.dataset.image(name))[None]
-        return confident_label_from_scores(scores, image, config.bg_doubt, crf=crf, keys=keys)[0]
+        keys, scores = (part.to(run.fabric.device) for part in read_maps(run, name))
+        return confident_label_from_scores(scores, run.image(name)[None], config.bg_doubt, crf=crf, keys=keys)[0]
 
     with run.stage("labels", "Confident areas"):
         write_masks(run, run.train, confident, "ir_label")

@@ -41,7 +41,7 @@ from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, fit, two_speed_groups
-from recipes.pipeline.views import image_tensor, views
+from recipes.pipeline.views import views
 from recipes.settings.spatial_bce import PRESETS, Config, SpatialConfig
 from wsss_losses import ForegroundRatioKLLoss, SpatialBCELoss, SpatialBCEThresholdLoss
 from wsss_modules import (
@@ -194,7 +194,7 @@ def write_adaptive_cams(run: Run, net: SpatialNet, names: Sequence[str], config:
     net.to(run.fabric.device, memory_format=torch.channels_last).eval()
 
     def maps_of(name: str) -> dict[str, Tensor]:
-        image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
+        image = run.image(name)
         keys = torch.from_numpy(run.dataset.labels(name)).to(image.device).nonzero()[:, 0] + 1
         cams, released = config.cams, config.spatial.released_maps
         out = adaptive_cam(net, image, keys, cams.scales, cams.long_side, released)

@@ -42,7 +42,7 @@ from recipes.pipeline.report import finish
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.segmentation import segmentation_from_masks
 from recipes.pipeline.training import Moment, RandomLongSide, TaggedCrops, crop_transform, fit, two_speed_groups
-from recipes.pipeline.views import image_tensor, views
+from recipes.pipeline.views import views
 from recipes.settings.vitpcm import PRESETS, Config, PatchConfig
 from wsss_losses import multi_label_soft_margin_loss, patch_equivariance_loss, pooled_probability_bce_loss
 from wsss_modules import (
@@ -187,7 +187,7 @@ def train(run: Run, net: PatchNet, config: PatchConfig, choose: Choose | None = 
 
 def patch_scores(run: Run, net: PatchNet, name: str, scale: float) -> Tensor:
     """Scores of background and tagged classes (1 + K, H, W), which add up to 1: of an image and its mirror image."""
-    image = image_tensor(run.dataset.image(name)).to(run.fabric.device)
+    image = run.image(name)
     labels = torch.from_numpy(run.dataset.labels(name))[None].to(run.fabric.device)
     (both,) = views(image, net.trunk, (scale,), multiple=net.trunk.output_stride)
     plain, mirrored = net(both).probs
@@ -208,15 +208,12 @@ def write_seeds(run: Run, net: PatchNet, scale: float) -> None:
 
 def crf_mask(run: Run, name: str) -> Tensor:
     """The scores of an image refined by a dense CRF with DeepLab's settings, as published."""
-    stored = read_cam(run, name)
-    share = torch.from_numpy(stored.cam).clamp(max=1 - 1e-3)  # kept in half precision
-    odds = torch.cat(
-        [torch.ones_like(share[:1]) if len(share) else torch.ones(1, *share.shape[1:]), share / (1 - share)]
-    )
-    scores = odds / odds.sum(0)
-    image = image_tensor(run.dataset.image(name))
-    best = dense_crf(image[None], unary_from_scores(scores[None]), DEEPLAB_CRF)[0].argmax(0)
-    return F.pad(torch.from_numpy(stored.keys), (1, 0))[best]
+    cam, keys = read_cam(run, name).tensors(run.fabric.device)
+    share = cam.clamp(max=1 - 1e-3)  # kept in half precision
+    odds = torch.cat([share.new_ones(1, 1, *share.shape[2:]), share / (1 - share)], 1)
+    scores = odds / odds.sum(1, keepdim=True)
+    best = dense_crf(run.image(name)[None], unary_from_scores(scores), DEEPLAB_CRF)[0].argmax(0)
+    return F.pad(keys, (1, 0))[best]
 
 
 def main(config: Config) -> dict:

@@ -14,7 +14,7 @@ from torch import Tensor
 from recipes.pipeline.files import load_arrays, save_arrays
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.run import Run
-from recipes.pipeline.views import image_tensor, views
+from recipes.pipeline.views import views
 from wsss_modules import PresentCAM, merge_flip, multi_scale_cam
 
 
@@ -49,6 +49,10 @@ class Cam(NamedTuple):
     """(k, H, W) float32 at the size of the image."""
     coarse: np.ndarray
     """(k, ceil(H / 4), ceil(W / 4)) float32."""
+
+    def tensors(self, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+        """The maps (1, k, H, W) and their classes (k,)."""
+        return torch.from_numpy(self.cam)[None].to(device), torch.from_numpy(self.keys).to(device)
 
 
 class Maps(NamedTuple):
@@ -99,7 +103,7 @@ def cams_of(
 ) -> PresentCAM:
     """The CAMs of one image by a model in eval mode on the run's device; options as in :func:`write_cams`."""
     device = run.fabric.device
-    image = image_tensor(run.dataset.image(name)).to(device)
+    image = run.image(name)
     labels = torch.from_numpy(run.dataset.labels(name)).to(device)
     maps, flipped = [], []
     multiple = config.output_stride if whole_cells else 1

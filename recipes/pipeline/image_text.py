@@ -21,7 +21,7 @@ from recipes.pipeline.models import packaged_state_dict
 from recipes.pipeline.run import Run
 from recipes.pipeline.sentences import EncodeText, remembered, sentence_encoder
 from recipes.pipeline.training import Schedule
-from recipes.pipeline.views import image_tensor, view
+from recipes.pipeline.views import view
 from wsss_modules import FrozenClassifier, TextPromptBank, pairwise_cosine_similarity
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -196,11 +196,11 @@ def make_critic(run: Run, config: CriticConfig) -> ImageTextModel:
 @torch.no_grad()
 def typical_similarity(run: Run, critic: ImageTextModel, bank: TextPromptBank, images: int = 256) -> dict[str, float]:
     """Mean cosine of whole training images with the texts of their tags, and with those of the other classes."""
-    device, names = run.fabric.device, run.train[:images]
+    names = run.train[:images]
     sums = np.zeros((2, 2))
     with run.progress() as progress:
         for name in progress.track(names, description="similarity"):
-            image = image_tensor(run.dataset.image(name)).to(device)
+            image = run.image(name)
             shown = view(image, (critic.size, critic.size), critic.mean, critic.std, flip=False)
             cosines = pairwise_cosine_similarity(critic.image_tower(shown), bank.class_features, clamp=None)[0].cpu()
             labels = torch.from_numpy(run.dataset.labels(name))

@@ -151,7 +151,7 @@ def write_instances(run: Run, detector: Detector, head: MaskHead, names: Sequenc
     head.to(run.fabric.device).eval()
 
     def work(name: str) -> None:
-        found = find_instances(detector, head, image_tensor(run.dataset.image(name)).to(run.fabric.device), score)
+        found = find_instances(detector, head, run.image(name), score)
         save_arrays(run.path("found", f"{name}.npz"), **found._asdict())
 
     run.for_each(names, lambda name: run.path("found", f"{name}.npz"), work)

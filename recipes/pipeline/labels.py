@@ -12,7 +12,6 @@ from recipes.pipeline.cams import read_cam
 from recipes.pipeline.evaluation import evaluate_masks, measure_seeds
 from recipes.pipeline.files import load_mask, save_mask
 from recipes.pipeline.run import Run
-from recipes.pipeline.views import image_tensor
 from wsss_modules import IRN_CRF, cam_to_mask, dense_crf, unary_from_mask
 
 
@@ -34,14 +33,14 @@ def read_mask(run: Run, name: str, folder: str = "mask") -> np.ndarray:
 
 def threshold_mask(run: Run, name: str, threshold: float, folder: str = "cam") -> Tensor:
     """The CAM of an image as a mask: its strongest class where that exceeds ``threshold``."""
-    stored = read_cam(run, name, folder)
-    return cam_to_mask(torch.from_numpy(stored.cam)[None], threshold, keys=torch.from_numpy(stored.keys))[0]
+    cam, keys = read_cam(run, name, folder).tensors()
+    return cam_to_mask(cam, threshold, keys=keys)[0]
 
 
 def crf_mask(run: Run, name: str, folder: str = "mask") -> Tensor:
     """A mask refined by a dense CRF over the photograph, with IRN's settings: (H, W)."""
-    mask = torch.from_numpy(read_mask(run, name, folder)).long()
-    return refine_mask(image_tensor(run.dataset.image(name)), mask)
+    image = run.image(name)
+    return refine_mask(image, torch.from_numpy(read_mask(run, name, folder)).to(image.device).long())
 
 
 def refine_mask(image: Tensor, mask: Tensor) -> Tensor:

@@ -34,11 +34,13 @@ from lightning_fabric import Fabric
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from recipes.pipeline.checks import check_settings
 from recipes.pipeline.data import ImageSet, load_dataset
 from recipes.pipeline.evaluation import Measurement
 from recipes.pipeline.files import ANEW, read_metrics, read_settings, replacing
+from recipes.pipeline.views import image_tensor
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,10 @@ class Run:
     @property
     def val(self) -> tuple[str, ...]:
         return self._cut(self.dataset.val)
+
+    def image(self, name: str) -> Tensor:
+        """A photograph (3, H, W) uint8, on the device."""
+        return image_tensor(self.dataset.image(name)).to(self.fabric.device)
 
     def _cut(self, names: tuple[str, ...]) -> tuple[str, ...]:
         return names if self.config.max_steps is None else names[: self.config.max_steps]

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
 from recipes import afa
 from recipes.pipeline.attention import AttendingTrunk
@@ -109,8 +108,8 @@ def test_masks_walk_at_size_1_and_labels_of_a_step_at_the_largest(monkeypatch: p
     monkeypatch.setattr(afa, "localise", lambda *args: grids.append(localise(*args).grid) or localise(*args))
     batch = {"image": torch.randn(1, 3, 64, 64), "labels": torch.ones(1, 3), "region": torch.tensor([[0, 0, 64, 64]])}
     afa.pseudo_labels(model, batch, config, walk=True)
-    photo = Image.new("RGB", (96, 64))
-    run = SimpleNamespace(dataset=SimpleNamespace(image=lambda name: photo), fabric=SimpleNamespace(device="cpu"))
+    photo = torch.zeros(3, 64, 96, dtype=torch.uint8)
+    run = SimpleNamespace(image=lambda name: photo, fabric=SimpleNamespace(device="cpu"))
     with torch.no_grad():
         afa.found_in(run, model, "photo", (0.5, 1.5, 1.0))
     assert grids == [(6, 6), (4, 6)]
