@@ -146,6 +146,15 @@ def write_instance_masks(run: Run, boxes: Boxes, config: MaskConfig) -> None:
     run.for_each(run.train, lambda name: run.path("instances", f"{name}.npz"), work)
 
 
+def tell_unexplained(run: Run, boxes: Boxes) -> None:
+    """Say of how many objects the detector never tells class and box, so that their maps are empty."""
+    maps = [one for name in run.train if name in boxes.of for one in read_objects(run, name, len(boxes.of[name]))]
+    empty = sum(not one.any() for one in maps)
+    if empty:
+        told = f"  {empty:,} of {len(maps):,} objects have an empty map: the detector finds them from no proposal"
+        run.console.print(f"[yellow]{told}[/]", highlight=False)
+
+
 def dense_refiner(image: Tensor) -> Callable[[Tensor], Tensor]:
     """A dense CRF over one image (3, H, W) uint8, whose kernels serve all objects: scores to probabilities."""
     crf = DenseCRF(BBAM_CRF)
@@ -181,6 +190,7 @@ def main(config: Config) -> dict:
 
     with run.stage("cams", "What the detector needs of each object"):
         write_maps(run, detector, boxes, config.explain)
+        tell_unexplained(run, boxes)
         measure_cams(run, config.seed_threshold)
 
     with run.stage("masks", "Masks of instances, as one label map"):

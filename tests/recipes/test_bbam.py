@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from recipes import bbam
+from recipes.pipeline.cams import save_cam
 from recipes.pipeline.data.boxes import Boxes, read_boxes
 from recipes.pipeline.detection import Detector
 from recipes.pipeline.instances import (
@@ -92,6 +93,19 @@ def test_objects_become_maps_and_masks(run: Run, detector: Detector) -> None:
 
 def instances(*masks: list[list[int]], classes: list[int], scores: list[float]) -> Found:
     return Found(np.array(masks, dtype=bool).reshape(-1, 1, 8), np.array(classes), np.array(scores))
+
+
+def test_it_says_how_many_objects_the_detector_does_not_find(run: Run, capsys) -> None:
+    seen, unseen = torch.full((4, 4), 0.5), torch.zeros(4, 4)
+    first, second = run.train[:2]
+    boxes = Boxes("annotations", {name: np.zeros((2, 5), np.float32) for name in (first, second)})
+    for name, maps in ((first, (seen, unseen)), (second, (unseen, unseen))):
+        save_cam(run, name, torch.tensor([1]), seen[None], **{f"object_{k}": one for k, one in enumerate(maps)})
+    bbam.tell_unexplained(run, boxes)
+    assert "3 of 4 objects have an empty map" in capsys.readouterr().out
+    save_cam(run, second, torch.tensor([1]), seen[None], object_0=seen, object_1=seen)
+    bbam.tell_unexplained(run, Boxes("annotations", {second: boxes.of[second]}))
+    assert capsys.readouterr().out == ""
 
 
 def test_average_precision_counts_each_instance_once() -> None:
