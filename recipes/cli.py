@@ -99,6 +99,7 @@ def run_recipe(module: ModuleType, argv: Sequence[str] | None = None) -> None:
             default=dataclasses.replace(module.PRESETS[preset], preset=preset),
             prog=shlex.join(words),
             description=module.__doc__,
+            config=(tyro.conf.AvoidSubcommands,),  # a schedule of SGD or AdamW has the flags of the preset's
         )
         if config.out is None:  # named after the script, so that an edited copy does not go on with the original's run
             config = dataclasses.replace(config, out=Path("runs") / f"{script.stem}-{preset}-s{config.seed}")

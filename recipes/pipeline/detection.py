@@ -21,7 +21,7 @@ from recipes.pipeline.classification import make_trunk
 from recipes.pipeline.data.boxes import BoxedCrops, Boxes, flat_boxes
 from recipes.pipeline.models import Trunk
 from recipes.pipeline.run import Run
-from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
+from recipes.pipeline.training import AdamSchedule, Moment, Schedule, fit, two_speed_groups
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class DetectConfig:
     """Width of the second stage."""
     size: int = 128
     """Side of the squares that images are resized to."""
-    schedule: Schedule = field(
+    schedule: Schedule | AdamSchedule = field(
         default_factory=lambda: Schedule(epochs=12, batch_size=16, lr=0.005, head_lr=0.05, momentum=0.9)
     )
-    """Training schedule; ``head_lr`` is that of pyramid and both stages."""
+    """Training schedule, of SGD or AdamW; ``head_lr`` is that of pyramid and both stages."""
 
 
 class DetectionTerms(NamedTuple):

@@ -9,7 +9,7 @@ from recipes.pipeline.detection import DetectConfig
 from recipes.pipeline.instances import MaskHeadConfig
 from recipes.pipeline.run import RunConfig
 from recipes.pipeline.segmenter import SegmentConfig
-from recipes.pipeline.training import Schedule
+from recipes.pipeline.training import AdamSchedule, Schedule
 from recipes.settings.shared import SEGMENT
 
 
@@ -66,14 +66,16 @@ class Config(RunConfig):
 
 PRESETS = {
     "demo": Config(),
-    # 405 steps of 224 pixels for the detector, as cam's classifier has, and cam's segmentation; cells and blur shrink
-    # from the short side of 800 pixels that they were published for to 224 and to VOC's 375
+    # Images of 224 pixels, as cam's classifier sees them, and cam's segmentation; cells and blur shrink from the short
+    # side of 800 pixels that they were published for to 224 and to VOC's 375. After 162 steps of SGD at 0.005 and 0.01
+    # the detector found a quarter of the objects of the training images, of AdamW 42 % of them; at 0.01 and 0.05 the
+    # units of its second stage died.
     "small": Config(
         detect=DetectConfig(
             frozen_stages=4,
             anchors=(28, 70, 140),
             size=224,
-            schedule=Schedule(epochs=5, batch_size=16, lr=0.01, head_lr=0.05),
+            schedule=AdamSchedule(epochs=8, batch_size=16, lr=2e-4, head_lr=1e-3),
         ),
         explain=ExplainConfig(stride=(7.0, 14.0)),
         masks=MaskConfig(blur=(16.0, 48.0)),
