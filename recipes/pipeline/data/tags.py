@@ -8,7 +8,7 @@ CSV, with a header whose first cell is "name" (or image, file, filename, id):
     name,tag,tag              one tag a cell, as many cells as needed; a tag may hold spaces
     photos/a.jpg,cat,traffic light
 
-    name,cat,dog,sheep        a table of 0 and 1 under the class names
+    name,cat,dog,sheep        a table of 0 and 1 under the class names; also 1.0, true, 0.0, false, or nothing for 0
     photos/a.jpg,1,1,0
 
 JSON: {"a": ["cat", "dog"], ...}, or {"classes": ["background", "cat", ...], "labels": {"a": [1, 2], ...}} with indices
@@ -37,6 +37,7 @@ import numpy as np
 from recipes.pipeline.data.image_set import check_unique, did_you_mean, first_five
 
 _NAME_HEADERS = ("name", "image", "file", "filename", "id")
+_BITS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False, "": False}
 _SOURCES = ("xml", "tags", "things", "mask")
 
 
@@ -102,13 +103,13 @@ def _read_csv(path: Path, classes: Sequence[str] | None) -> Tags:
         raise ValueError(f"labels: {path} has a header and no image")
     check_unique([row[0] for row in rows], f"labels: {path}")
     cells = [cell for row in rows for cell in row[1:]]
-    if set(cells) <= {"0", "1", ""} and "1" in cells:
+    if all(cell.lower() in _BITS for cell in cells) and any(cells):
         ragged = [row[0] for row in rows if len(row) != len(header)]
         if ragged:
             raise ValueError(f"labels: {path}: {first_five(ragged, 'row')} without {len(header)} cells")
-        named = {row[0]: [c for c, cell in zip(header[1:], row[1:], strict=True) if cell == "1"] for row in rows}
+        named = {row[0]: [c for c, cell in zip(header[1:], row[1:], strict=True) if _BITS[cell.lower()]] for row in rows}
         return _index(path, named, header[1:] if classes is None else classes)
-    if any(len([cell for cell in row if cell]) > 2 for row in rows):
+    if any(len([cell for cell in row if cell]) > 2 for row in (header, *rows)):  # one tag a cell
         named = {row[0]: [cell for cell in row[1:] if cell] for row in rows}
     else:
         separator = r"[;|]" if any(mark in cell for cell in cells for mark in ";|") else r"[\s,]+"
