@@ -6,12 +6,13 @@ H, W height and width in pixels of the photograph as it is seen (after its EXIF 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -355,6 +356,23 @@ def read_list(path: Path) -> tuple[str, ...]:
         raise ValueError(f"{path}: an empty list, expected one image name a line")
     check_unique(names, str(path))
     return tuple(names)
+
+
+def read_json(path: Path, argument: str, expected: str) -> dict[str, Any]:
+    """What a JSON file holds, which has to be an object.
+
+    Args:
+        path: The file.
+        argument: What gave the file, for the messages.
+        expected: What it should hold, for the messages.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{argument}: {path} is not JSON ({error}); expected {expected}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{argument}: {path}: expected {expected}, got a {type(content).__name__}")
+    return content
 
 
 def choose_classes(wanted: str | Sequence[str] | None, known: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:

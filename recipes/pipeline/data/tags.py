@@ -24,7 +24,6 @@ none, they are the sorted tag names.
 from __future__ import annotations
 
 import csv
-import json
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -34,10 +33,11 @@ from typing import Any
 
 import numpy as np
 
-from recipes.pipeline.data.image_set import check_unique, did_you_mean, first_five
+from recipes.pipeline.data.image_set import check_unique, did_you_mean, first_five, read_json
 
 _NAME_HEADERS = ("name", "image", "file", "filename", "id")
 _BITS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False, "": False}
+_JSON = '{"a": ["cat", ...]} or {"classes": [...], "labels": {...}}'
 _SOURCES = ("xml", "tags", "things", "mask")
 
 
@@ -118,15 +118,10 @@ def _read_csv(path: Path, classes: Sequence[str] | None) -> Tags:
 
 
 def _read_json(path: Path, classes: Sequence[str] | None) -> Tags:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"labels: {path} is not JSON ({error})") from error
-    expected = f'labels: {path}: expected {{"a": ["cat", ...]}} or {{"classes": [...], "labels": {{...}}}}'
-    if not isinstance(content, dict):
-        raise ValueError(expected)
-    own = json_classes(content)
+    content = read_json(path, "labels", _JSON)
+    own = _own_classes(content, path)
     labels = content["labels"] if own is not None else content
+    expected = f"labels: {path}: expected {_JSON}"
     if not isinstance(labels, dict) or not labels:
         raise ValueError(f"{expected}, with at least one image")
     offset = 0 if own is not None and content["classes"][0] != "background" else 1
@@ -140,11 +135,19 @@ def _read_json(path: Path, classes: Sequence[str] | None) -> Tags:
     return _index(path, named, own if classes is None else classes)
 
 
-def json_classes(content: Mapping[str, Any]) -> tuple[str, ...] | None:
+def json_classes(path: Path) -> tuple[str, ...] | None:
     """Foreground class names of a JSON tags file; None if it has none."""
-    if not isinstance(content.get("classes"), list) or "labels" not in content:
+    return _own_classes(read_json(path, "labels", _JSON), path)
+
+
+def _own_classes(content: Mapping[str, Any], path: Path) -> tuple[str, ...] | None:
+    classes = content.get("classes")
+    if not isinstance(classes, list) or "labels" not in content:
         return None
-    return tuple(name for position, name in enumerate(content["classes"]) if position or name != "background")
+    own = tuple(name for position, name in enumerate(classes) if position or name != "background")
+    if not own or not all(isinstance(name, str) for name in own):
+        raise ValueError(f'labels: {path}: expected the names of the classes as "classes", got {classes}')
+    return own
 
 
 def _json_tag(path: Path, name: str, tag: object, own: tuple[str, ...] | None, offset: int) -> str:

@@ -21,7 +21,6 @@ What is read from where:
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +37,7 @@ from recipes.pipeline.data.image_set import (
     first_five,
     index_table,
     listing,
+    read_json,
     read_list,
     read_mask,
     read_objects,
@@ -164,7 +164,7 @@ def _all_classes(root: Path) -> tuple[str, ...]:
         lines = (root / "classes.txt").read_text(encoding="utf-8").splitlines()
         return tuple(line.strip() for line in lines if line.strip())
     if (root / "image_labels.json").is_file():
-        own = json_classes(json.loads((root / "image_labels.json").read_text(encoding="utf-8")))
+        own = json_classes(root / "image_labels.json")
         if own is not None:
             return own
     return VOC_CLASSES
@@ -296,4 +296,11 @@ def outside_images(folder: Path, *, required: bool) -> dict[str, str]:
 
 def _captions(root: Path) -> dict[str, str]:
     path = root / "captions.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    expected = '{"NAME": "a sentence", ...}'
+    captions = read_json(path, "data", expected)
+    wrong = [name for name, caption in captions.items() if not isinstance(caption, str)]
+    if wrong:
+        raise ValueError(f"data: {path}: expected {expected}, got {captions[wrong[0]]!r} for {wrong[0]!r}")
+    return captions

@@ -1,6 +1,7 @@
 """Data sets in the form of VOC: lists, masks, boxes, and what is said of mistakes."""
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -146,8 +147,9 @@ def test_wrong_specifications_are_explained(voc: Path) -> None:
         ValueError, match=r"looked for JPEGImages/ in .*, there is VOC2012/; did you mean voc:.*VOC2012\?"
     ):
         load_dataset(f"voc:{voc.parent}")
-    with pytest.raises(ValueError, match=r"expected demo, demo:tiny or demo:TRAIN\+VAL.*got demo:3\+1"):
-        load_dataset("demo:3+1")
+    for size in ("3+1", "6+0"):
+        with pytest.raises(ValueError, match=rf"expected demo, demo:tiny .* and 1 in val; got demo:{re.escape(size)}"):
+            load_dataset(f"demo:{size}")
 
 
 def test_missing_lists_photographs_and_masks_are_listed(voc: Path) -> None:
@@ -169,6 +171,23 @@ def test_images_without_tags_are_listed(voc: Path, real_voc: Path, tmp_path: Pat
     (voc / "image_labels.json").unlink()
     (voc / "Annotations" / "b.xml").unlink()
     with pytest.raises(ValueError, match=r"Annotations lacks the XML of 1 image of the train list: b$"):
+        load_dataset(f"voc:{voc}")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("image_labels.json", "{", r'labels: .*image_labels.json is not JSON \(.*\); expected \{"a": \["cat", '),
+        ("image_labels.json", "[1]", r"labels: .*image_labels.json: expected .*, got a list"),
+        ("image_labels.json", '{"classes": [], "labels": {}}', r'image_labels.json: expected the names .*, got \[\]'),
+        ("captions.json", "{", r'data: .*captions.json is not JSON \(.*\); expected \{"NAME": "a sentence", '),
+        ("captions.json", '["a"]', r"data: .*captions.json: expected .*, got a list"),
+        ("captions.json", '{"a": "a cat", "b": ["a dog"]}', r"expected .*, got \['a dog'\] for 'b'"),
+    ],
+)
+def test_broken_json_files_are_named(voc: Path, file: str, content: str, message: str) -> None:
+    (voc / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
         load_dataset(f"voc:{voc}")
 
 
