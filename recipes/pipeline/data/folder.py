@@ -32,6 +32,7 @@ from recipes.pipeline.data.image_set import (
     index_table,
     restrict,
     split_tagged,
+    warn_of_both,
 )
 from recipes.pipeline.data.tags import Tags, read_tags
 from recipes.pipeline.data.voc import outside_images
@@ -58,6 +59,7 @@ def load_folder(
         ValueError: Tags and photographs do not belong together; the message lists the first five offenders.
     """
     root = Path(root).expanduser().absolute()
+    name = name or f"folder:{root}"
     if not root.is_dir():
         raise ValueError(f"data: no folder {root}")
     if labels is None:
@@ -100,6 +102,7 @@ def load_folder(
         train = tuple(image for image in everything if image not in held_out)
     else:
         train = _read_names(train_list, resolve, names, "train_list")
+        warn_of_both(name, train, val, stacklevel=3)
     train, without = split_tagged(train, tags)
     if not train:
         raise ValueError(f"data: no photograph to train on is tagged with any of {', '.join(chosen)}")
@@ -111,7 +114,7 @@ def load_folder(
         notes.append("There are no masks: nothing is measured.")
     outside = {} if out_of_distribution is None else outside_images(Path(out_of_distribution), required=True)
     return ImageSet(
-        name=name or f"folder:{root}",
+        name=name,
         classes=chosen,
         train=train,
         seed=tuple(image for image in train if image in trusted and image in mask_files),

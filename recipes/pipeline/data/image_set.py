@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -398,6 +399,31 @@ def index_table(classes: int, keep: Sequence[int]) -> np.ndarray:
     table[list(keep)] = np.arange(1, len(keep) + 1)
     table[IGNORE] = IGNORE
     return table
+
+
+def warn_of_both(name: str, train: Iterable[str], val: Iterable[str], *, stacklevel: int) -> None:
+    """Warn about images of the data set `name` that are in train and in val."""
+    both = set(train) & set(val)
+    if both:
+        message = f"{name}: {first_five(sorted(both), 'image')} both in train and in val"
+        warnings.warn(message, stacklevel=stacklevel + 1)
+
+
+def check_apart(outside: Mapping[str, str], dataset: ImageSet, argument: str) -> None:
+    """Raise ValueError if an image that is to show none of the classes is one to train or to measure on.
+
+    Args:
+        outside: Name -> photograph.
+        dataset: Its own out-of-distribution images may be among them.
+        argument: What gave the photographs, for the message.
+    """
+    inside = {os.path.realpath(dataset.files[name]) for name in (*dataset.train, *dataset.val)}
+    shared = [path for path in outside.values() if os.path.realpath(path) in inside]
+    if shared:
+        raise ValueError(
+            f"{argument}: expected photographs without any of the classes, got "
+            f"{first_five(shared, 'image', f'of train or val of {dataset.name}')}"
+        )
 
 
 def restrict(tags: Mapping[str, Iterable[int]], keep: Sequence[int]) -> dict[str, tuple[int, ...]]:

@@ -43,6 +43,7 @@ from recipes.pipeline.data.image_set import (
     read_objects,
     restrict,
     split_tagged,
+    warn_of_both,
 )
 from recipes.pipeline.data.tags import json_classes, read_tags
 
@@ -103,9 +104,7 @@ def load_voc(
         missing = [image for image in listed if image not in photos]
         if missing:
             raise ValueError(f"data: {root / 'JPEGImages'} lacks {first_five(missing, 'image', f'of the {what} list')}")
-    both = set(train) & set(val)
-    if both:
-        warnings.warn(f"{name}: {first_five(sorted(both), 'image')} both in train and in val", stacklevel=3)
+    warn_of_both(name, train, val, stacklevel=3)
 
     all_classes = _all_classes(root)
     names, keep = choose_classes(classes, all_classes)

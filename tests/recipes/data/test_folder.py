@@ -48,6 +48,15 @@ def test_folder_masks_make_seed_and_val_measurable(photos: Path) -> None:
     assert data.mask("four") is None
 
 
+def test_photographs_in_train_and_val_are_warned_about(photos: Path) -> None:
+    (photos / "train.txt").write_text("one.JPG\nfour\n")
+    (photos / "val.txt").write_text("one\ntwo.webp\n")
+    lists = {"train_list": photos / "train.txt", "val_list": photos / "val.txt"}
+    with pytest.warns(UserWarning, match="folder:.*photos: 1 image: one both in train and in val") as caught:
+        load_dataset(f"folder:{photos}", labels=photos / "tags.csv", **lists)
+    assert caught[0].filename == __file__
+
+
 def test_folder_masks_may_lie_elsewhere(photos: Path, tmp_path: Path) -> None:
     write_mask(tmp_path / "truth" / "one.png", half_mask((12, 16), 1))
     data = load_dataset(f"folder:{photos}", labels=photos / "tags.csv", masks=tmp_path / "truth")

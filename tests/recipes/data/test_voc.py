@@ -111,6 +111,13 @@ def test_out_of_distribution_folder_takes_the_place_of_untagged_images(voc: Path
     assert data.mask("ood__x") is None
 
 
+def test_out_of_distribution_images_are_not_of_train_or_val(voc: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"out_of_distribution: expected .*, got 2 images of train or val of voc:.*a.jpg, .*v.jpg$"
+    ):
+        load_dataset(f"voc:{voc}", classes="cat", out_of_distribution=voc)
+
+
 def test_images_in_train_and_val_are_warned_about(voc: Path) -> None:
     with pytest.warns(UserWarning, match="2 images: a, c both in train and in val"):
         load_dataset(f"voc:{voc}", val_list="train_official", train_list="train").check()
