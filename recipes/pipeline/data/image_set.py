@@ -148,9 +148,12 @@ class ImageSet:
 
     def saliency(self, name: str) -> np.ndarray | None:
         """(H, W) float32 foreground probability in [0, 1]; None if there is none."""
-        height, width = self.size(name)
+        self.path(name)
         saliency = self.annotations.saliency(name)
-        if saliency is not None and saliency.shape != (height, width):
+        if saliency is None:
+            return None
+        height, width = self.size(name)
+        if saliency.shape != (height, width):
             found = f"{saliency.shape[1]} x {saliency.shape[0]}"
             raise ValueError(f"saliency of {name}: {found} pixels, its photograph is {width} x {height}")
         return saliency
@@ -249,8 +252,12 @@ class FileAnnotations:
         """See `Annotations`."""
         if name not in self.saliencies:
             return None
-        with Image.open(self.saliencies[name]) as stored:
-            return np.asarray(stored.convert("L"), dtype=np.float32) / 255
+        path = self.saliencies[name]
+        try:
+            with Image.open(path) as stored:
+                return np.asarray(stored.convert("L"), dtype=np.float32) / 255
+        except BROKEN as error:
+            raise ValueError(f"{path}: cannot be read as a saliency map ({error}); is the file complete?") from error
 
     def caption(self, name: str) -> str | None:
         """See `Annotations`."""

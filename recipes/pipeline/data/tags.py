@@ -107,7 +107,9 @@ def _read_csv(path: Path, classes: Sequence[str] | None) -> Tags:
         ragged = [row[0] for row in rows if len(row) != len(header)]
         if ragged:
             raise ValueError(f"labels: {path}: {first_five(ragged, 'row')} without {len(header)} cells")
-        named = {row[0]: [c for c, cell in zip(header[1:], row[1:], strict=True) if _BITS[cell.lower()]] for row in rows}
+        named = {
+            row[0]: [c for c, cell in zip(header[1:], row[1:], strict=True) if _BITS[cell.lower()]] for row in rows
+        }
         return _index(path, named, header[1:] if classes is None else classes)
     if any(len([cell for cell in row if cell]) > 2 for row in (header, *rows)):  # one tag a cell
         named = {row[0]: [cell for cell in row[1:] if cell] for row in rows}

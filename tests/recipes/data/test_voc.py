@@ -186,7 +186,7 @@ def test_images_without_tags_are_listed(voc: Path, real_voc: Path, tmp_path: Pat
     [
         ("image_labels.json", "{", r'labels: .*image_labels.json is not JSON \(.*\); expected \{"a": \["cat", '),
         ("image_labels.json", "[1]", r"labels: .*image_labels.json: expected .*, got a list"),
-        ("image_labels.json", '{"classes": [], "labels": {}}', r'image_labels.json: expected the names .*, got \[\]'),
+        ("image_labels.json", '{"classes": [], "labels": {}}', r"image_labels.json: expected the names .*, got \[\]"),
         ("captions.json", "{", r'data: .*captions.json is not JSON \(.*\); expected \{"NAME": "a sentence", '),
         ("captions.json", '["a"]', r"data: .*captions.json: expected .*, got a list"),
         ("captions.json", '{"a": "a cat", "b": ["a dog"]}', r"expected .*, got \['a dog'\] for 'b'"),
