@@ -27,6 +27,7 @@ from recipes.pipeline.data.image_set import (
     ImageSet,
     check_unique,
     choose_classes,
+    choose_seed,
     did_you_mean,
     first_five,
     index_table,
@@ -106,18 +107,21 @@ def load_folder(
     train, without = split_tagged(train, tags)
     if not train:
         raise ValueError(f"data: no photograph to train on is tagged with any of {', '.join(chosen)}")
-    trusted = mask_files if seed_list is None else set(_read_names(seed_list, resolve, names, "seed_list"))
+    seed = tuple(image for image in train if image in mask_files)
+    listed = () if seed_list is None else _read_names(seed_list, resolve, names, "seed_list")
     notes = []
     if without:
         notes.append(f"Photographs left out of train, having no tag of these classes: {len(without):,}.")
     if not mask_files:
         notes.append("There are no masks: nothing is measured.")
+    elif seed_list is not None:
+        seed = choose_seed(train, listed, notes, mask_files)
     outside = {} if out_of_distribution is None else outside_images(Path(out_of_distribution), required=True)
     return ImageSet(
         name=name,
         classes=chosen,
         train=train,
-        seed=tuple(image for image in train if image in trusted and image in mask_files),
+        seed=seed,
         val=val,
         out_of_distribution=tuple(outside) or without,
         palette_index=(0, *keep) if mask_files else tuple(range(len(chosen) + 1)),

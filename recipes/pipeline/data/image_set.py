@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -431,6 +431,30 @@ def check_apart(outside: Mapping[str, str], dataset: ImageSet, argument: str) ->
             f"{argument}: expected photographs without any of the classes, got "
             f"{first_five(shared, 'image', f'of train or val of {dataset.name}')}"
         )
+
+
+def choose_seed(
+    train: Sequence[str], listed: Sequence[str], notes: list[str], masks: Container[str] | None = None
+) -> tuple[str, ...]:
+    """The images of `train` that a `seed_list` names and that have a mask; `notes` are told of the others.
+
+    Args:
+        train: The images to train on.
+        listed: Those of the list.
+        notes: Added to.
+        masks: The images that have one; None: all.
+    """
+    in_list, in_train = set(listed), set(train)
+    named = tuple(image for image in train if image in in_list)
+    seed = tuple(image for image in named if masks is None or image in masks)
+    strays = len(in_list - in_train)
+    if strays:
+        notes.append(f"Images of seed_list that are not in train: {strays:,}.")
+    if len(seed) < len(named):
+        notes.append(f"Images of seed_list that have no mask: {len(named) - len(seed):,}.")
+    if not seed:
+        notes.append("No image of seed_list is left: seeds and pseudo masks are not measured.")
+    return seed
 
 
 def restrict(tags: Mapping[str, Iterable[int]], keep: Sequence[int]) -> dict[str, tuple[int, ...]]:

@@ -33,6 +33,7 @@ from recipes.pipeline.data.image_set import (
     FileAnnotations,
     ImageSet,
     choose_classes,
+    choose_seed,
     did_you_mean,
     first_five,
     index_table,
@@ -204,11 +205,15 @@ def _train_names(
 def _seed_names(
     root: Path, seed_list: str | Path | None, train: tuple[str, ...], by_hand: Mapping[str, str], notes: list[str]
 ) -> tuple[str, ...]:
-    listed = set(_named_list(root, seed_list, ("train_official", "train"), "seed_list", required=seed_list is not None))
-    seed = tuple(image for image in train if image in listed)
-    if seed_list is None and not any(image in by_hand for image in seed):
-        notes.append("No hand-made masks of train images: seeds and pseudo masks are not measured.")
-        return ()
+    listed = _named_list(root, seed_list, ("train_official", "train"), "seed_list", required=seed_list is not None)
+    if seed_list is not None:
+        seed = choose_seed(train, listed, notes)
+    else:
+        in_list = set(listed)
+        seed = tuple(image for image in train if image in in_list)
+        if not any(image in by_hand for image in seed):
+            notes.append("No hand-made masks of train images: seeds and pseudo masks are not measured.")
+            return ()
     _check_masks(seed, by_hand, "seed", root)
     return seed
 

@@ -48,6 +48,20 @@ def test_folder_masks_make_seed_and_val_measurable(photos: Path) -> None:
     assert data.mask("four") is None
 
 
+def test_seed_images_without_a_mask_or_outside_train_are_said(photos: Path) -> None:
+    (photos / "seed.txt").write_text("one.JPG\ntwo\nfour\n")
+    (photos / "val.txt").write_text("four\n")
+    options = {"labels": photos / "tags.csv", "val_list": photos / "val.txt", "seed_list": photos / "seed.txt"}
+    data = load_dataset(f"folder:{photos}", **options)
+    assert "There are no masks: nothing is measured." in data.notes
+    assert not any("seed_list" in note for note in data.notes)
+    write_mask(photos / "masks" / "one.png", half_mask((12, 16), 1))
+    data = load_dataset(f"folder:{photos}", **options)
+    assert data.seed == ("one",)
+    notes = ("Images of seed_list that are not in train: 1.", "Images of seed_list that have no mask: 1.")
+    assert data.notes[-2:] == notes
+
+
 def test_photographs_in_train_and_val_are_warned_about(photos: Path) -> None:
     (photos / "train.txt").write_text("one.JPG\nfour\n")
     (photos / "val.txt").write_text("one\ntwo.webp\n")

@@ -102,6 +102,16 @@ def test_val_without_any_mask_is_said(voc: Path) -> None:
     assert any("not measured" in note for note in data.notes)
 
 
+def test_seed_images_that_are_not_in_train_are_said(voc: Path) -> None:
+    write_list(voc, "few", "av")
+    data = load_dataset(f"voc:{voc}", seed_list="few")
+    assert data.seed == ("a",)
+    assert data.notes == ("Images of seed_list that are not in train: 1.",)
+    data = load_dataset(f"voc:{voc}", seed_list="val")
+    assert data.seed == ()
+    assert data.notes[1:] == ("No image of seed_list is left: seeds and pseudo masks are not measured.",)
+
+
 def test_out_of_distribution_folder_takes_the_place_of_untagged_images(voc: Path, tmp_path: Path) -> None:
     write_photo(tmp_path / "else" / "JPEGImages" / "x.JPG", (9, 8))
     data = load_dataset(f"voc:{voc}", classes="cat", out_of_distribution=tmp_path / "else")
