@@ -158,7 +158,7 @@ class ImageSet:
             raise ValueError(f"saliency of {name}: {found} pixels, its photograph is {width} x {height}")
         return saliency
 
-    def captions(self, name: str) -> str | None:
+    def caption(self, name: str) -> str | None:
         """One sentence about the photograph; None if there is none."""
         self.path(name)
         return self.annotations.caption(name)

@@ -28,7 +28,7 @@ def test_a_folder_needs_only_tags(photos: Path) -> None:
     assert data.out_of_distribution == ("deep__er__three",)
     assert data.val == data.seed == ()
     assert data.mask("one") is None
-    assert data.boxes("one") is data.saliency("one") is data.captions("one") is None
+    assert data.boxes("one") is data.saliency("one") is data.caption("one") is None
     assert data.labels("beach_2024__IMG__3_").tolist() == [1, 1]
     assert data.image("beach_2024__two").size == (16, 12)
     assert data.check() == 5
