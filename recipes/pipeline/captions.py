@@ -74,7 +74,7 @@ class CaptionedCrops(Dataset):
 
     def __init__(self, dataset: ImageSet, names: Sequence[str], transform: v2.Transform, model: CaptionModel) -> None:
         self.dataset, self.names, self.transform = dataset, names, transform
-        self.counts = torch.stack([model.count(dataset.captions(name)) for name in names])
+        self.counts = torch.stack([model.count(dataset.caption(name)) for name in names])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -103,7 +103,7 @@ def train_on_captions(
     Raises:
         ValueError: there are no captions.
     """
-    captions = [run.dataset.captions(name) for name in run.train]
+    captions = [run.dataset.caption(name) for name in run.train]
     if not all(captions):
         missing = next(name for name, caption in zip(run.train, captions, strict=True) if not caption)
         raise ValueError(

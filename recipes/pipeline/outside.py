@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from recipes.pipeline.data.image_set import PHOTO_SUFFIXES, first_five
+from recipes.pipeline.data.image_set import PHOTO_SUFFIXES, check_apart, first_five
 from recipes.pipeline.data.voc import outside_images
 from recipes.pipeline.files import load_arrays, replacing, save_arrays
 from recipes.pipeline.models import Classifier, Trunk
@@ -68,9 +68,10 @@ def add_outside(run: Run, found: dict[str, str]) -> tuple[str, ...]:
         Their names; the first ``max_steps`` of them in a run cut short.
 
     Raises:
-        ValueError: there is none, or some are broken.
+        ValueError: there is none, some are broken, or are images of train or val.
     """
     if found:
+        check_apart(found, run.dataset, "outside")
         replace(run.dataset, files=found).check()
         files = {**run.dataset.files, **found}
         run.dataset = replace(run.dataset, files=files, out_of_distribution=tuple(found))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from recipes.pipeline.data.image_set import PHOTO_SUFFIXES, read_photo
+from recipes.pipeline.data.image_set import PHOTO_SUFFIXES, first_five, read_photo
 from recipes.pipeline.files import replacing, save_mask
 from recipes.pipeline.pictures import class_colours, mask_overlay
 from recipes.pipeline.pretrained import Pretrained
@@ -66,11 +66,15 @@ def predict(
     Args:
         trained: the network.
         photos: by name, see :func:`find_photos`.
-        out: folder that is written to.
+        out: folder that is written to; never over one of the photographs.
         crf: refine by a dense CRF; as the network was tested by default.
         device: where the network runs.
         complain: told of each photograph that can't be read; it is left out.
+
+    Raises:
+        ValueError: a mask or an overlay would take the place of a photograph; nothing has been written by then.
     """
+    _check_apart(photos, out)
     network = trained.network.to(device, memory_format=torch.channels_last)
     refine = trained.config.crf if crf is None else crf
     colours = class_colours(len(trained.classes))
@@ -86,9 +90,29 @@ def predict(
             if refine:
                 scores = dense_crf(image[None], unary_from_scores(scores[None]), network.crf_settings)[0]
         mask = scores.argmax(0).byte().cpu().numpy()
-        files = out / f"{name}.png", out / f"{name}_overlay.jpg"
+        files = _targets(out, name)
         save_mask(files[0], mask, trained.palette_index)
         with replacing(files[1]) as file:
             Image.fromarray(mask_overlay(np.asarray(picture), mask, colours)).save(file, format="JPEG", quality=90)
         share = np.bincount(mask.ravel(), minlength=1 + len(trained.classes)) / mask.size
         yield Prediction(photo, *files, {c: s for c, s in zip(trained.classes, share[1:], strict=True) if s > 0})
+
+
+def _targets(out: Path, name: str) -> tuple[Path, Path]:
+    return out / f"{name}.png", out / f"{name}_overlay.jpg"
+
+
+def _check_apart(photos: dict[str, Path], out: Path) -> None:
+    files = {_identity(photo) for photo in photos.values() if photo.exists()}
+    targets = [target for name in photos for target in _targets(out, name) if target.exists()]
+    lost = [str(target) for target in targets if _identity(target) in files]
+    if lost:
+        raise ValueError(
+            f"out: masks or overlays would overwrite {first_five(lost, 'photograph')}; give another folder"
+        )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    # the same for all names of a file, as of Path.samefile
+    status = path.stat()
+    return status.st_dev, status.st_ino

@@ -51,9 +51,17 @@ def saliency_source(
         ValueError: no such folder, images without a map (the message names them), files that hold something else.
     """
     names = run.train if names is None else names
-    source = _own_maps(run.dataset, names) if spec is None else _maps_in(Path(spec).expanduser(), run.dataset, names)
-    _read_all(source, names, run.config.workers)
-    return source
+    if spec is not None:
+        files = _maps_in(Path(spec).expanduser(), run.dataset, names)
+        _read_all(files, names, run.config.workers)
+        return files
+    missing = _read_all(run.dataset.saliency, names, run.config.workers)
+    if missing:
+        raise ValueError(
+            f"saliency: {run.dataset.name} comes without a map for {first_five(missing, 'image')}; give a folder of "
+            "maps, or that of a c2am run (python -m recipes run c2am learns them from the photographs alone)"
+        )
+    return _OwnMaps(run.dataset)
 
 
 def saliency_unless_none(run: Run, spec: str | None) -> Callable[[str], np.ndarray] | None:
@@ -154,16 +162,6 @@ class _FileMaps:
         return _resized(_read_file(Path(self.files[name])), self.dataset.size(name))
 
 
-def _own_maps(dataset: ImageSet, names: Sequence[str]) -> _OwnMaps:
-    missing = [name for name in names if dataset.annotations.saliency(name) is None]
-    if missing:
-        raise ValueError(
-            f"saliency: {dataset.name} comes without a map for {first_five(missing, 'image')}; give a folder of maps, "
-            "or that of a c2am run (python -m recipes run c2am learns them from the photographs alone)"
-        )
-    return _OwnMaps(dataset)
-
-
 def _maps_in(folder: Path, dataset: ImageSet, names: Sequence[str]) -> _FileMaps:
     hint = ""
     if (folder / "config.yaml").is_file():
@@ -180,18 +178,20 @@ def _maps_in(folder: Path, dataset: ImageSet, names: Sequence[str]) -> _FileMaps
     return _FileMaps(dataset, {name: files[name] for name in names})
 
 
-def _read_all(source: Callable[[str], np.ndarray], names: Sequence[str], workers: int) -> None:
-    def complaint(name: str) -> str:
+def _read_all(source: Callable[[str], np.ndarray | None], names: Sequence[str], workers: int) -> list[str]:
+    # the names without a map; broken ones are an error
+    def read(name: str) -> tuple[bool, str]:
         try:
-            source(name)
+            return source(name) is None, ""
         except ValueError as error:
-            return str(error).removeprefix("saliency: ")
-        return ""
+            return False, str(error).removeprefix("saliency: ")
 
     with ThreadPoolExecutor(max(1, workers)) as pool:  # decoding frees the interpreter
-        broken = list(filter(None, pool.map(complaint, names)))
+        found = dict(zip(names, pool.map(read, names), strict=True))
+    broken = [complaint for _, complaint in found.values() if complaint]
     if broken:
         raise ValueError(f"saliency: {first_five(broken, 'broken map')}")
+    return [name for name, (missing, _) in found.items() if missing]
 
 
 def _read_file(path: Path) -> np.ndarray:

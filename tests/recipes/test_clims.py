@@ -198,7 +198,7 @@ def test_captions_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     model = train_on_captions(run, Schedule(epochs=1, batch_size=4, lr=0.01, head_lr=0.1), 64)
     assert {"fox", "lake", "meadow"} <= set(model.place)
     for nothing in (None, ""):
-        monkeypatch.setattr(type(run.dataset), "captions", lambda self, name, caption=nothing: caption)
+        monkeypatch.setattr(type(run.dataset), "caption", lambda self, name, caption=nothing: caption)
         with pytest.raises(ValueError, match=r"captions needs a caption of each training image, train_0000 has none"):
             train_on_captions(run, Schedule(epochs=1, batch_size=4, lr=0.01, head_lr=0.1), 64)
 

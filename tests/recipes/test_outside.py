@@ -101,6 +101,21 @@ def test_a_broken_photograph_is_found_before_the_run(tmp_path: Path, folder: Pat
         add_outside(make_run(tmp_path), find_outside(str(folder), None))
 
 
+def test_images_of_train_and_val_are_not_from_outside(tmp_path: Path, folder: Path) -> None:
+    run = make_run(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "images")
+    with pytest.raises(
+        ValueError, match="outside: expected .*, got 12 images of train or val of synthetic: .*photo 00"
+    ):
+        add_outside(run, find_outside(str(tmp_path / "link"), None))
+    (folder / "JPEGImages" / "copy.png").symlink_to(run.dataset.files[run.val[0]])
+    with pytest.raises(ValueError, match=r"got 1 image of train or val of synthetic: .*copy\.png$"):
+        add_outside(run, find_outside(str(folder), None))
+    untagged = run.dataset.val[:1]
+    run.dataset = replace(run.dataset, val=(), out_of_distribution=untagged)
+    assert len(add_outside(run, find_outside(str(folder), None))) == 6
+
+
 # W-OoD's own stages, with an untrained backbone on small crops.
 
 

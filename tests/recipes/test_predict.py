@@ -136,6 +136,26 @@ def test_a_damaged_photograph_is_told_and_the_others_are_done(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.png", "good_overlay.jpg"]
 
 
+@pytest.mark.parametrize("lost", ["x.png", "y_overlay.jpg"])
+def test_no_photograph_is_overwritten(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "q"
+    folder.mkdir()
+    for name in ("a.jpg", lost, "y.jpg"):
+        photograph(folder / name)
+    (tmp_path / "link").symlink_to(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for photos, out in ((folder, folder), ("q", tmp_path / "link"), (tmp_path / "link", "q")):
+        told = fails([str(run), str(photos), "--out", str(out)], capsys)
+        assert "out: masks or overlays would overwrite 1 photograph: " in told
+        assert f"{lost}; give another folder" in told
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert main(["predict", str(run), "q/a.jpg", "--out", "q"]) == 0
+    assert {file.name for file in folder.iterdir()} == {*before, "a.png", "a_overlay.jpg"}
+
+
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stop:
         main(["predict", *arguments])

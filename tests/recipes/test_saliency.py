@@ -100,6 +100,29 @@ def test_own_maps_of_the_data_set(run: Run, tmp_path: Path) -> None:
         np.testing.assert_array_equal(source(name), run.dataset.saliency(name))
 
 
+def test_own_maps_are_read_once_and_broken_ones_are_named(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_all(run, tmp_path / "maps")
+    files = {name: str(folder / f"{name}.png") for name in run.train}
+    run.dataset = replace(run.dataset, annotations=replace(run.dataset.annotations, saliencies=files))
+    seen, saliency = [], type(run.dataset.annotations).saliency
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(run.dataset.annotations), "saliency", lambda self, name: seen.append(name) or saliency(self, name)
+        )
+        saliency_source(run)
+    assert sorted(seen) == sorted(run.train)
+    first, second, third, _ = (Path(file) for file in files.values())
+    first.write_text("nothing")
+    second.write_bytes(second.read_bytes()[:60])
+    Image.new("L", (3, 2)).save(third)
+    with pytest.raises(ValueError, match="saliency: 3 broken maps: ") as caught:
+        saliency_source(run)
+    for part in ("photo 00.png: cannot be read as a saliency map", "photo 01.png: cannot be", "photo 02: 3 x 2 pixels"):
+        assert part in str(caught.value)
+
+
 def test_measured_saliency_takes_all_classes_as_one(run: Run) -> None:
     for name in run.seeds:
         truth = run.dataset.mask(name)

@@ -9,7 +9,7 @@ from typing import TypedDict
 from recipes.pipeline.data.coco import load_coco
 from recipes.pipeline.data.demo import demo_folder
 from recipes.pipeline.data.folder import load_folder
-from recipes.pipeline.data.image_set import IGNORE, ImageSet
+from recipes.pipeline.data.image_set import IGNORE, ImageSet, check_apart
 from recipes.pipeline.data.voc import load_voc
 
 __all__ = ["IGNORE", "ImageSet", "load_dataset"]
@@ -53,15 +53,15 @@ def load_dataset(
     lists = _Lists(train_list=train_list, val_list=val_list, seed_list=seed_list)
     if kind == "demo":
         folder = demo_folder(path)
-        return load_voc(
+        dataset = load_voc(
             folder, name=spec, classes=classes, labels=labels, out_of_distribution=out_of_distribution, **lists
         )
-    if kind == "voc" and path:
-        return load_voc(
+    elif kind == "voc" and path:
+        dataset = load_voc(
             path, name=spec, classes=classes, labels=labels, out_of_distribution=out_of_distribution, **lists
         )
-    if kind == "folder" and path:
-        return load_folder(
+    elif kind == "folder" and path:
+        dataset = load_folder(
             path,
             name=spec,
             classes=classes,
@@ -70,9 +70,14 @@ def load_dataset(
             out_of_distribution=out_of_distribution,
             **lists,
         )
-    if kind == "coco" and path:
+    elif kind == "coco" and path:
         if labels is not None:
             raise ValueError("labels: coco: reads its tags from the instance files; use folder: for tags of your own")
-        return load_coco(path, name=spec, classes=classes, out_of_distribution=out_of_distribution, **lists)
-    hint = f"; did you mean folder:{spec}?" if Path(spec).expanduser().exists() else ""
-    raise ValueError(f"data: expected demo, voc:PATH, coco:PATH or folder:PATH, got {spec!r}{hint}")
+        dataset = load_coco(path, name=spec, classes=classes, out_of_distribution=out_of_distribution, **lists)
+    else:
+        hint = f"; did you mean folder:{spec}?" if Path(spec).expanduser().exists() else ""
+        raise ValueError(f"data: expected demo, voc:PATH, coco:PATH or folder:PATH, got {spec!r}{hint}")
+    if out_of_distribution is not None:
+        outside = {name: dataset.files[name] for name in dataset.out_of_distribution}
+        check_apart(outside, dataset, "out_of_distribution")
+    return dataset

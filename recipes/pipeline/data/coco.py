@@ -29,6 +29,7 @@ from recipes.pipeline.data.image_set import (
     IGNORE,
     ImageSet,
     choose_classes,
+    choose_seed,
     first_five,
     read_list,
     restrict,
@@ -138,16 +139,18 @@ def load_coco(
     train, without = split_tagged(train, tags)
     if not train:
         raise ValueError(f"data: no train image is tagged with any of {', '.join(chosen)}")
-    trusted = None if seed_list is None else set(read_list(Path(seed_list).expanduser()))
     outside = {} if out_of_distribution is None else outside_images(Path(out_of_distribution), required=True)
     table = np.zeros(len(categories) + 1, dtype=np.uint8)
     table[list(keep)] = np.arange(1, len(keep) + 1)
     notes = [f"Images left out of train, having no tag of these classes: {len(without):,}."] if without else []
+    seed = train
+    if seed_list is not None:
+        seed = choose_seed(train, read_list(Path(seed_list).expanduser()), notes)
     return ImageSet(
         name=name or f"coco:{root}",
         classes=chosen,
         train=train,
-        seed=train if trusted is None else tuple(image for image in train if image in trusted),
+        seed=seed,
         val=val,
         out_of_distribution=tuple(outside) or without,
         palette_index=(0, *keep),

@@ -39,10 +39,10 @@ def demo_folder(size: str = "") -> Path:
         size: "" for 240 + 80 pictures, "tiny" for 16 + 8, or "TRAIN+VAL"; a smaller set is the start of a larger one.
     """
     match = re.fullmatch(r"(\d+)\+(\d+)", {"": "240+80", "tiny": "16+8"}.get(size, size))
-    if match is None or int(match[1]) < len(CLASSES):
+    if match is None or int(match[1]) < len(CLASSES) or not int(match[2]):
         raise ValueError(
             "data: expected demo, demo:tiny or demo:TRAIN+VAL, such as demo:100+20, "
-            f"with at least {len(CLASSES)} to train on; got demo:{size}"
+            f"with at least {len(CLASSES)} to train on and 1 in val; got demo:{size}"
         )
     train, val = int(match[1]), int(match[2])
     return cached(f"demo-v{_VERSION}-{train}+{val}", lambda folder: _write(folder, train, val))

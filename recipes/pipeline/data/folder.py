@@ -27,11 +27,13 @@ from recipes.pipeline.data.image_set import (
     ImageSet,
     check_unique,
     choose_classes,
+    choose_seed,
     did_you_mean,
     first_five,
     index_table,
     restrict,
     split_tagged,
+    warn_of_both,
 )
 from recipes.pipeline.data.tags import Tags, read_tags
 from recipes.pipeline.data.voc import outside_images
@@ -58,6 +60,7 @@ def load_folder(
         ValueError: Tags and photographs do not belong together; the message lists the first five offenders.
     """
     root = Path(root).expanduser().absolute()
+    name = name or f"folder:{root}"
     if not root.is_dir():
         raise ValueError(f"data: no folder {root}")
     if labels is None:
@@ -100,21 +103,25 @@ def load_folder(
         train = tuple(image for image in everything if image not in held_out)
     else:
         train = _read_names(train_list, resolve, names, "train_list")
+        warn_of_both(name, train, val, stacklevel=3)
     train, without = split_tagged(train, tags)
     if not train:
         raise ValueError(f"data: no photograph to train on is tagged with any of {', '.join(chosen)}")
-    trusted = mask_files if seed_list is None else set(_read_names(seed_list, resolve, names, "seed_list"))
+    seed = tuple(image for image in train if image in mask_files)
+    listed = () if seed_list is None else _read_names(seed_list, resolve, names, "seed_list")
     notes = []
     if without:
         notes.append(f"Photographs left out of train, having no tag of these classes: {len(without):,}.")
     if not mask_files:
         notes.append("There are no masks: nothing is measured.")
+    elif seed_list is not None:
+        seed = choose_seed(train, listed, notes, mask_files)
     outside = {} if out_of_distribution is None else outside_images(Path(out_of_distribution), required=True)
     return ImageSet(
-        name=name or f"folder:{root}",
+        name=name,
         classes=chosen,
         train=train,
-        seed=tuple(image for image in train if image in trusted and image in mask_files),
+        seed=seed,
         val=val,
         out_of_distribution=tuple(outside) or without,
         palette_index=(0, *keep) if mask_files else tuple(range(len(chosen) + 1)),

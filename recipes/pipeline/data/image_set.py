@@ -6,12 +6,14 @@ H, W height and width in pixels of the photograph as it is seen (after its EXIF 
 from __future__ import annotations
 
 import difflib
+import json
 import os
+import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -146,14 +148,17 @@ class ImageSet:
 
     def saliency(self, name: str) -> np.ndarray | None:
         """(H, W) float32 foreground probability in [0, 1]; None if there is none."""
-        height, width = self.size(name)
+        self.path(name)
         saliency = self.annotations.saliency(name)
-        if saliency is not None and saliency.shape != (height, width):
+        if saliency is None:
+            return None
+        height, width = self.size(name)
+        if saliency.shape != (height, width):
             found = f"{saliency.shape[1]} x {saliency.shape[0]}"
             raise ValueError(f"saliency of {name}: {found} pixels, its photograph is {width} x {height}")
         return saliency
 
-    def captions(self, name: str) -> str | None:
+    def caption(self, name: str) -> str | None:
         """One sentence about the photograph; None if there is none."""
         self.path(name)
         return self.annotations.caption(name)
@@ -247,8 +252,12 @@ class FileAnnotations:
         """See `Annotations`."""
         if name not in self.saliencies:
             return None
-        with Image.open(self.saliencies[name]) as stored:
-            return np.asarray(stored.convert("L"), dtype=np.float32) / 255
+        path = self.saliencies[name]
+        try:
+            with Image.open(path) as stored:
+                return np.asarray(stored.convert("L"), dtype=np.float32) / 255
+        except BROKEN as error:
+            raise ValueError(f"{path}: cannot be read as a saliency map ({error}); is the file complete?") from error
 
     def caption(self, name: str) -> str | None:
         """See `Annotations`."""
@@ -357,6 +366,23 @@ def read_list(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+def read_json(path: Path, argument: str, expected: str) -> dict[str, Any]:
+    """What a JSON file holds, which has to be an object.
+
+    Args:
+        path: The file.
+        argument: What gave the file, for the messages.
+        expected: What it should hold, for the messages.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{argument}: {path} is not JSON ({error}); expected {expected}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{argument}: {path}: expected {expected}, got a {type(content).__name__}")
+    return content
+
+
 def choose_classes(wanted: str | Sequence[str] | None, known: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Names and 1-based indices in `known` of the classes to keep: all, or those of "cat,dog" in the order written."""
     if wanted is None:
@@ -380,6 +406,55 @@ def index_table(classes: int, keep: Sequence[int]) -> np.ndarray:
     table[list(keep)] = np.arange(1, len(keep) + 1)
     table[IGNORE] = IGNORE
     return table
+
+
+def warn_of_both(name: str, train: Iterable[str], val: Iterable[str], *, stacklevel: int) -> None:
+    """Warn about images of the data set `name` that are in train and in val."""
+    both = set(train) & set(val)
+    if both:
+        message = f"{name}: {first_five(sorted(both), 'image')} both in train and in val"
+        warnings.warn(message, stacklevel=stacklevel + 1)
+
+
+def check_apart(outside: Mapping[str, str], dataset: ImageSet, argument: str) -> None:
+    """Raise ValueError if an image that is to show none of the classes is one to train or to measure on.
+
+    Args:
+        outside: Name -> photograph.
+        dataset: Its own out-of-distribution images may be among them.
+        argument: What gave the photographs, for the message.
+    """
+    inside = {os.path.realpath(dataset.files[name]) for name in (*dataset.train, *dataset.val)}
+    shared = [path for path in outside.values() if os.path.realpath(path) in inside]
+    if shared:
+        raise ValueError(
+            f"{argument}: expected photographs without any of the classes, got "
+            f"{first_five(shared, 'image', f'of train or val of {dataset.name}')}"
+        )
+
+
+def choose_seed(
+    train: Sequence[str], listed: Sequence[str], notes: list[str], masks: Container[str] | None = None
+) -> tuple[str, ...]:
+    """The images of `train` that a `seed_list` names and that have a mask; `notes` are told of the others.
+
+    Args:
+        train: The images to train on.
+        listed: Those of the list.
+        notes: Added to.
+        masks: The images that have one; None: all.
+    """
+    in_list, in_train = set(listed), set(train)
+    named = tuple(image for image in train if image in in_list)
+    seed = tuple(image for image in named if masks is None or image in masks)
+    strays = len(in_list - in_train)
+    if strays:
+        notes.append(f"Images of seed_list that are not in train: {strays:,}.")
+    if len(seed) < len(named):
+        notes.append(f"Images of seed_list that have no mask: {len(named) - len(seed):,}.")
+    if not seed:
+        notes.append("No image of seed_list is left: seeds and pseudo masks are not measured.")
+    return seed
 
 
 def restrict(tags: Mapping[str, Iterable[int]], keep: Sequence[int]) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ CSV, with a header whose first cell is "name" (or image, file, filename, id):
     name,tag,tag              one tag a cell, as many cells as needed; a tag may hold spaces
     photos/a.jpg,cat,traffic light
 
-    name,cat,dog,sheep        a table of 0 and 1 under the class names
+    name,cat,dog,sheep        a table of 0 and 1 under the class names; also 1.0, true, 0.0, false, or nothing for 0
     photos/a.jpg,1,1,0
 
 JSON: {"a": ["cat", "dog"], ...}, or {"classes": ["background", "cat", ...], "labels": {"a": [1, 2], ...}} with indices
@@ -24,7 +24,6 @@ none, they are the sorted tag names.
 from __future__ import annotations
 
 import csv
-import json
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -34,9 +33,11 @@ from typing import Any
 
 import numpy as np
 
-from recipes.pipeline.data.image_set import check_unique, did_you_mean, first_five
+from recipes.pipeline.data.image_set import check_unique, did_you_mean, first_five, read_json
 
 _NAME_HEADERS = ("name", "image", "file", "filename", "id")
+_BITS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False, "": False}
+_JSON = '{"a": ["cat", ...]} or {"classes": [...], "labels": {...}}'
 _SOURCES = ("xml", "tags", "things", "mask")
 
 
@@ -102,13 +103,15 @@ def _read_csv(path: Path, classes: Sequence[str] | None) -> Tags:
         raise ValueError(f"labels: {path} has a header and no image")
     check_unique([row[0] for row in rows], f"labels: {path}")
     cells = [cell for row in rows for cell in row[1:]]
-    if set(cells) <= {"0", "1", ""} and "1" in cells:
+    if all(cell.lower() in _BITS for cell in cells) and any(cells):
         ragged = [row[0] for row in rows if len(row) != len(header)]
         if ragged:
             raise ValueError(f"labels: {path}: {first_five(ragged, 'row')} without {len(header)} cells")
-        named = {row[0]: [c for c, cell in zip(header[1:], row[1:], strict=True) if cell == "1"] for row in rows}
+        named = {
+            row[0]: [c for c, cell in zip(header[1:], row[1:], strict=True) if _BITS[cell.lower()]] for row in rows
+        }
         return _index(path, named, header[1:] if classes is None else classes)
-    if any(len([cell for cell in row if cell]) > 2 for row in rows):
+    if any(len([cell for cell in row if cell]) > 2 for row in (header, *rows)):  # one tag a cell
         named = {row[0]: [cell for cell in row[1:] if cell] for row in rows}
     else:
         separator = r"[;|]" if any(mark in cell for cell in cells for mark in ";|") else r"[\s,]+"
@@ -117,15 +120,10 @@ def _read_csv(path: Path, classes: Sequence[str] | None) -> Tags:
 
 
 def _read_json(path: Path, classes: Sequence[str] | None) -> Tags:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"labels: {path} is not JSON ({error})") from error
-    expected = f'labels: {path}: expected {{"a": ["cat", ...]}} or {{"classes": [...], "labels": {{...}}}}'
-    if not isinstance(content, dict):
-        raise ValueError(expected)
-    own = json_classes(content)
+    content = read_json(path, "labels", _JSON)
+    own = _own_classes(content, path)
     labels = content["labels"] if own is not None else content
+    expected = f"labels: {path}: expected {_JSON}"
     if not isinstance(labels, dict) or not labels:
         raise ValueError(f"{expected}, with at least one image")
     offset = 0 if own is not None and content["classes"][0] != "background" else 1
@@ -139,11 +137,19 @@ def _read_json(path: Path, classes: Sequence[str] | None) -> Tags:
     return _index(path, named, own if classes is None else classes)
 
 
-def json_classes(content: Mapping[str, Any]) -> tuple[str, ...] | None:
+def json_classes(path: Path) -> tuple[str, ...] | None:
     """Foreground class names of a JSON tags file; None if it has none."""
-    if not isinstance(content.get("classes"), list) or "labels" not in content:
+    return _own_classes(read_json(path, "labels", _JSON), path)
+
+
+def _own_classes(content: Mapping[str, Any], path: Path) -> tuple[str, ...] | None:
+    classes = content.get("classes")
+    if not isinstance(classes, list) or "labels" not in content:
         return None
-    return tuple(name for position, name in enumerate(content["classes"]) if position or name != "background")
+    own = tuple(name for position, name in enumerate(classes) if position or name != "background")
+    if not own or not all(isinstance(name, str) for name in own):
+        raise ValueError(f'labels: {path}: expected the names of the classes as "classes", got {classes}')
+    return own
 
 
 def _json_tag(path: Path, name: str, tag: object, own: tuple[str, ...] | None, offset: int) -> str:

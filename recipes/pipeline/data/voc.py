@@ -21,7 +21,6 @@ What is read from where:
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,15 +33,18 @@ from recipes.pipeline.data.image_set import (
     FileAnnotations,
     ImageSet,
     choose_classes,
+    choose_seed,
     did_you_mean,
     first_five,
     index_table,
     listing,
+    read_json,
     read_list,
     read_mask,
     read_objects,
     restrict,
     split_tagged,
+    warn_of_both,
 )
 from recipes.pipeline.data.tags import json_classes, read_tags
 
@@ -103,9 +105,7 @@ def load_voc(
         missing = [image for image in listed if image not in photos]
         if missing:
             raise ValueError(f"data: {root / 'JPEGImages'} lacks {first_five(missing, 'image', f'of the {what} list')}")
-    both = set(train) & set(val)
-    if both:
-        warnings.warn(f"{name}: {first_five(sorted(both), 'image')} both in train and in val", stacklevel=3)
+    warn_of_both(name, train, val, stacklevel=3)
 
     all_classes = _all_classes(root)
     names, keep = choose_classes(classes, all_classes)
@@ -164,7 +164,7 @@ def _all_classes(root: Path) -> tuple[str, ...]:
         lines = (root / "classes.txt").read_text(encoding="utf-8").splitlines()
         return tuple(line.strip() for line in lines if line.strip())
     if (root / "image_labels.json").is_file():
-        own = json_classes(json.loads((root / "image_labels.json").read_text(encoding="utf-8")))
+        own = json_classes(root / "image_labels.json")
         if own is not None:
             return own
     return VOC_CLASSES
@@ -205,11 +205,15 @@ def _train_names(
 def _seed_names(
     root: Path, seed_list: str | Path | None, train: tuple[str, ...], by_hand: Mapping[str, str], notes: list[str]
 ) -> tuple[str, ...]:
-    listed = set(_named_list(root, seed_list, ("train_official", "train"), "seed_list", required=seed_list is not None))
-    seed = tuple(image for image in train if image in listed)
-    if seed_list is None and not any(image in by_hand for image in seed):
-        notes.append("No hand-made masks of train images: seeds and pseudo masks are not measured.")
-        return ()
+    listed = _named_list(root, seed_list, ("train_official", "train"), "seed_list", required=seed_list is not None)
+    if seed_list is not None:
+        seed = choose_seed(train, listed, notes)
+    else:
+        in_list = set(listed)
+        seed = tuple(image for image in train if image in in_list)
+        if not any(image in by_hand for image in seed):
+            notes.append("No hand-made masks of train images: seeds and pseudo masks are not measured.")
+            return ()
     _check_masks(seed, by_hand, "seed", root)
     return seed
 
@@ -296,4 +300,11 @@ def outside_images(folder: Path, *, required: bool) -> dict[str, str]:
 
 def _captions(root: Path) -> dict[str, str]:
     path = root / "captions.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    expected = '{"NAME": "a sentence", ...}'
+    captions = read_json(path, "data", expected)
+    wrong = [name for name, caption in captions.items() if not isinstance(caption, str)]
+    if wrong:
+        raise ValueError(f"data: {path}: expected {expected}, got {captions[wrong[0]]!r} for {wrong[0]!r}")
+    return captions

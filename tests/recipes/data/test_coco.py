@@ -81,7 +81,11 @@ def test_coco_lists_and_mistakes(coco: Path, tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_text("000001\n")
     assert load_dataset(f"coco:{coco}", train_list=tmp_path / "few.txt").train == ("000001",)
     assert load_dataset(f"coco:{coco}", seed_list=tmp_path / "few.txt").seed == ("000001",)
+    assert load_dataset(f"coco:{coco}", seed_list=tmp_path / "few.txt").notes == load_dataset(f"coco:{coco}").notes
     (tmp_path / "few.txt").write_text("000009\n")
+    data = load_dataset(f"coco:{coco}", seed_list=tmp_path / "few.txt")
+    assert data.seed == ()
+    assert any("seed_list that are not in train: 1." in note for note in data.notes)
     with pytest.raises(ValueError, match=r"train_list: .* 1 image: 000009 not in the instance file"):
         load_dataset(f"coco:{coco}", train_list=tmp_path / "few.txt")
     with pytest.raises(ValueError, match=r"labels: coco: reads its tags from the instance files"):

@@ -36,9 +36,9 @@ def test_demo_has_what_every_system_needs(demo: ImageSet) -> None:
         assert saliency.shape == (height, width)
         assert saliency.dtype == np.float32
         assert 0 <= saliency.min() < 0.1 < 0.2 < saliency.max() <= 1
-        assert demo.captions(name).startswith("a photo of a ")
+        assert demo.caption(name).startswith("a photo of a ")
         for index in np.flatnonzero(demo.labels(name)):
-            assert f"a {demo.classes[index]}" in demo.captions(name)
+            assert f"a {demo.classes[index]}" in demo.caption(name)
 
 
 def test_tags_boxes_and_masks_of_the_demo_agree(demo: ImageSet) -> None:

@@ -28,7 +28,7 @@ def test_a_folder_needs_only_tags(photos: Path) -> None:
     assert data.out_of_distribution == ("deep__er__three",)
     assert data.val == data.seed == ()
     assert data.mask("one") is None
-    assert data.boxes("one") is data.saliency("one") is data.captions("one") is None
+    assert data.boxes("one") is data.saliency("one") is data.caption("one") is None
     assert data.labels("beach_2024__IMG__3_").tolist() == [1, 1]
     assert data.image("beach_2024__two").size == (16, 12)
     assert data.check() == 5
@@ -46,6 +46,29 @@ def test_folder_masks_make_seed_and_val_measurable(photos: Path) -> None:
     np.testing.assert_array_equal(data.mask("beach_2024__two"), half_mask((12, 16), 1))
     assert set(np.unique(data.mask("one"))) == {0, 255}
     assert data.mask("four") is None
+
+
+def test_seed_images_without_a_mask_or_outside_train_are_said(photos: Path) -> None:
+    (photos / "seed.txt").write_text("one.JPG\ntwo\nfour\n")
+    (photos / "val.txt").write_text("four\n")
+    options = {"labels": photos / "tags.csv", "val_list": photos / "val.txt", "seed_list": photos / "seed.txt"}
+    data = load_dataset(f"folder:{photos}", **options)
+    assert "There are no masks: nothing is measured." in data.notes
+    assert not any("seed_list" in note for note in data.notes)
+    write_mask(photos / "masks" / "one.png", half_mask((12, 16), 1))
+    data = load_dataset(f"folder:{photos}", **options)
+    assert data.seed == ("one",)
+    notes = ("Images of seed_list that are not in train: 1.", "Images of seed_list that have no mask: 1.")
+    assert data.notes[-2:] == notes
+
+
+def test_photographs_in_train_and_val_are_warned_about(photos: Path) -> None:
+    (photos / "train.txt").write_text("one.JPG\nfour\n")
+    (photos / "val.txt").write_text("one\ntwo.webp\n")
+    lists = {"train_list": photos / "train.txt", "val_list": photos / "val.txt"}
+    with pytest.warns(UserWarning, match="folder:.*photos: 1 image: one both in train and in val") as caught:
+        load_dataset(f"folder:{photos}", labels=photos / "tags.csv", **lists)
+    assert caught[0].filename == __file__
 
 
 def test_folder_masks_may_lie_elsewhere(photos: Path, tmp_path: Path) -> None:

@@ -19,8 +19,16 @@ from recipes.pipeline.data.voc import VOC_CLASSES
         ("name,tag,tag\na,traffic light,cat\nb,cat\n", {"a": ("cat", "traffic light"), "b": ("cat",)}),
         ("\ufeffName,dog,cat\r\na,1,0\r\nb,1,1\r\n", {"a": ("dog",), "b": ("dog", "cat")}),
         ('name,tags\n"a, b",cat\n', {"a, b": ("cat",)}),
+        ("name,tag,tag\na,traffic light,\nb,,cat\n", {"a": ("traffic light",), "b": ("cat",)}),
+        ("name,tags,\na,cat dog,\nb,cat,\n", {"a": ("cat", "dog"), "b": ("cat",)}),
+        ("name,tags\na,cat,dog\nb,cat\n", {"a": ("cat", "dog"), "b": ("cat",)}),
+        ("name,dog,cat\na,1.0,0.0\nb,,1.0\n", {"a": ("dog",), "b": ("cat",)}),
+        ("name,dog,cat\na,True,False\nb,true,TRUE\n", {"a": ("dog",), "b": ("dog", "cat")}),
     ],
-    ids=["spaces", "semicolons", "bars", "cells", "table", "quoted"],
+    ids=[
+        *("spaces", "semicolons", "bars", "cells", "table", "quoted"),
+        *("one a cell", "comma at the end", "more cells than headers", "table of floats", "table of words"),
+    ],
 )
 def test_csv_tags_are_read(tmp_path: Path, text: str, expected: dict[str, tuple[str, ...]]) -> None:
     path = tmp_path / "tags.csv"
@@ -66,10 +74,13 @@ def test_npz_columns_follow_the_data_set(real_voc: Path, tmp_path: Path) -> None
         ("t.csv", "a.jpg,cat\n", r"must begin with a header: .* its first line is 'a.jpg,cat'"),
         ("t.csv", "name\na\n", r"must begin with a header"),
         ("t.csv", "name,tags\na,\nb,\n", r"no image has a tag"),
+        ("t.csv", "name,cat,dog\na,0.0,False\n", r"no image has a tag"),
         ("t.csv", "name,tags\na,cat\na,dog\n", r"1 name: a given more than once"),
         ("t.csv", "name,cat,dog\na,1,0\nb,1\n", r"1 row: b without 3 cells"),
         ("t.json", "{", r"t.json is not JSON"),
-        ("t.json", "[]", r'expected \{"a": \["cat", \.\.\.\]\}'),
+        ("t.json", "[]", r'expected \{"a": \["cat", \.\.\.\]\} .*, got a list'),
+        ("t.json", '{"classes": [], "labels": {"a": [1]}}', r't.json: expected the names .* as "classes", got \[\]'),
+        ("t.json", '{"classes": [1, 2], "labels": {"a": [1]}}', r'as "classes", got \[1, 2\]'),
         ("t.json", '{"a": "cat"}', r"the entry of 'a' is not a list"),
         ("t.json", '{"classes": ["cat"], "labels": {"a": [1]}}', r"tag 1 of 'a' is not a class name or an index"),
         ("t.npy", "", r"is a pickle, which can run code .* np.savez\('x.npz'"),

@@ -1,6 +1,7 @@
 """Data sets in the form of VOC: lists, masks, boxes, and what is said of mistakes."""
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,16 @@ def test_val_without_any_mask_is_said(voc: Path) -> None:
     assert any("not measured" in note for note in data.notes)
 
 
+def test_seed_images_that_are_not_in_train_are_said(voc: Path) -> None:
+    write_list(voc, "few", "av")
+    data = load_dataset(f"voc:{voc}", seed_list="few")
+    assert data.seed == ("a",)
+    assert data.notes == ("Images of seed_list that are not in train: 1.",)
+    data = load_dataset(f"voc:{voc}", seed_list="val")
+    assert data.seed == ()
+    assert data.notes[1:] == ("No image of seed_list is left: seeds and pseudo masks are not measured.",)
+
+
 def test_out_of_distribution_folder_takes_the_place_of_untagged_images(voc: Path, tmp_path: Path) -> None:
     write_photo(tmp_path / "else" / "JPEGImages" / "x.JPG", (9, 8))
     data = load_dataset(f"voc:{voc}", classes="cat", out_of_distribution=tmp_path / "else")
@@ -108,6 +119,13 @@ def test_out_of_distribution_folder_takes_the_place_of_untagged_images(voc: Path
     assert data.image("ood__x").size == (8, 9)
     assert data.labels("ood__x").tolist() == [0]
     assert data.mask("ood__x") is None
+
+
+def test_out_of_distribution_images_are_not_of_train_or_val(voc: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"out_of_distribution: expected .*, got 2 images of train or val of voc:.*a.jpg, .*v.jpg$"
+    ):
+        load_dataset(f"voc:{voc}", classes="cat", out_of_distribution=voc)
 
 
 def test_images_in_train_and_val_are_warned_about(voc: Path) -> None:
@@ -146,8 +164,9 @@ def test_wrong_specifications_are_explained(voc: Path) -> None:
         ValueError, match=r"looked for JPEGImages/ in .*, there is VOC2012/; did you mean voc:.*VOC2012\?"
     ):
         load_dataset(f"voc:{voc.parent}")
-    with pytest.raises(ValueError, match=r"expected demo, demo:tiny or demo:TRAIN\+VAL.*got demo:3\+1"):
-        load_dataset("demo:3+1")
+    for size in ("3+1", "6+0"):
+        with pytest.raises(ValueError, match=rf"expected demo, demo:tiny .* and 1 in val; got demo:{re.escape(size)}"):
+            load_dataset(f"demo:{size}")
 
 
 def test_missing_lists_photographs_and_masks_are_listed(voc: Path) -> None:
@@ -169,6 +188,23 @@ def test_images_without_tags_are_listed(voc: Path, real_voc: Path, tmp_path: Pat
     (voc / "image_labels.json").unlink()
     (voc / "Annotations" / "b.xml").unlink()
     with pytest.raises(ValueError, match=r"Annotations lacks the XML of 1 image of the train list: b$"):
+        load_dataset(f"voc:{voc}")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("image_labels.json", "{", r'labels: .*image_labels.json is not JSON \(.*\); expected \{"a": \["cat", '),
+        ("image_labels.json", "[1]", r"labels: .*image_labels.json: expected .*, got a list"),
+        ("image_labels.json", '{"classes": [], "labels": {}}', r"image_labels.json: expected the names .*, got \[\]"),
+        ("captions.json", "{", r'data: .*captions.json is not JSON \(.*\); expected \{"NAME": "a sentence", '),
+        ("captions.json", '["a"]', r"data: .*captions.json: expected .*, got a list"),
+        ("captions.json", '{"a": "a cat", "b": ["a dog"]}', r"expected .*, got \['a dog'\] for 'b'"),
+    ],
+)
+def test_broken_json_files_are_named(voc: Path, file: str, content: str, message: str) -> None:
+    (voc / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
         load_dataset(f"voc:{voc}")
 
 
