@@ -111,15 +111,16 @@ def poly_sgd(
         momentum: the released PSA and IRN code pass the weight decay in momentum's place, so that their momentum is
             5e-4 and 1e-4; their own ``momentum`` argument is only ``power``.
         power: exponent.
-        warmup: W, fewer than ``steps``.
+        warmup: W, at most ``steps``.
         warmup_start: factor of the first step of the warm-up.
     """
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=momentum)
 
     def factor(t: int) -> float:
+        t = min(t, steps - 1)
         if t < warmup:
             return warmup_start + (1 - warmup_start) * t / warmup
-        return (1 - (min(t, steps - 1) - warmup) / (steps - warmup)) ** power
+        return (1 - (t - warmup) / (steps - warmup)) ** power
 
     return optimizer, LambdaLR(optimizer, factor)
 
@@ -157,7 +158,7 @@ def two_speed_groups(
     """
     if isinstance(schedule, AdamSchedule):
         return _adam_groups(model, heads, schedule)
-    new = {id(parameter) for head in heads for parameter in head.parameters()}
+    new = _parameters_of(heads)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -173,11 +174,15 @@ def two_speed_groups(
     ]
 
 
+def _parameters_of(heads: Sequence[nn.Module | nn.Parameter]) -> set[int]:
+    parts = ([head] if isinstance(head, nn.Parameter) else head.parameters() for head in heads)
+    return {id(parameter) for part in parts for parameter in part}
+
+
 def _adam_groups(
     model: nn.Module, heads: Sequence[nn.Module | nn.Parameter], schedule: AdamSchedule
 ) -> list[dict[str, Any]]:
-    parts = ([head] if isinstance(head, nn.Parameter) else head.parameters() for head in heads)
-    new = {id(parameter) for part in parts for parameter in part}
+    new = _parameters_of(heads)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -143,6 +143,18 @@ def test_poly_sgd_falls_to_its_last_value_and_stays() -> None:
     assert rates == pytest.approx([0.2 * (1 - t / 4) ** 0.9 for t in (0, 1, 2, 3, 3, 3)])
 
 
+@pytest.mark.parametrize("warmup", [4, 6])
+def test_a_warmup_may_take_all_steps(warmup: int) -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer, scheduler = poly_sgd([{"params": [parameter], "lr": 1.0}], 4, momentum=0.9, warmup=warmup)
+    rates = []
+    for _ in range(6):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.1 + 0.9 * t / warmup for t in (0, 1, 2, 3, 3, 3)])
+
+
 def test_two_speed_groups_leave_out_frozen_layers_and_can_double_biases() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
     model[0].requires_grad_(False)
@@ -154,6 +166,16 @@ def test_two_speed_groups_leave_out_frozen_layers_and_can_double_biases() -> Non
         id(model[2].weight): (0.5, 1e-4),
         id(model[2].bias): (1.0, 0.0),
     }
+
+
+def test_a_parameter_can_be_a_head_of_either_schedule() -> None:
+    model = nn.Linear(2, 1)
+    for schedule in (SCHEDULE, AdamSchedule(epochs=1, batch_size=1, lr=0.1, head_lr=0.5)):
+        groups = two_speed_groups(model, [model.bias], schedule)
+        assert {id(p): group["lr"] for group in groups for p in group["params"]} == {
+            id(model.weight): 0.1,
+            id(model.bias): 0.5,
+        }
 
 
 def test_killed_training_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
