@@ -250,11 +250,13 @@ def fit(
         optimizer, scheduler = poly_sgd(
             groups, steps, momentum=schedule.momentum, power=schedule.power, warmup=int(warmup * steps)
         )
-    done, curve, best = 0, [], {}
+    done, curve, best, scaling = 0, [], {}, None
     if partial.exists():
         state = load_tensors(partial, device)
         _restore(partial, model, state, optimizer=optimizer, scheduler=scheduler)
         done, curve, best = state["step"], state["curve"], state.get("best", {})
+        scaling = state.get("precision")
+    _restart_scaling(run, scaling)
     fabric.barrier()
 
     wrapped, optimizer = fabric.setup(model, optimizer)
@@ -296,6 +298,7 @@ def fit(
                     model,
                     optimizer=optimizer.state_dict(),
                     scheduler=scheduler.state_dict(),
+                    precision=fabric.strategy.precision.state_dict(),
                     step=step + 1,
                     curve=curve,
                     best=best,
@@ -312,6 +315,13 @@ def fit(
         partial.unlink(missing_ok=True)
     fabric.barrier()
     return model.eval()
+
+
+def _restart_scaling(run: Run, state: dict[str, Any] | None) -> None:
+    """Scale the loss (``16-mixed``) as in ``state``, or anew, whatever the trainings before came to."""
+    precision = run.fabric.strategy.precision
+    if precision.state_dict():
+        precision.load_state_dict(state or torch.amp.GradScaler(run.fabric.device.type).state_dict())
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -382,15 +392,16 @@ def _batches(run: Run, stage: str, dataset: Dataset, batch_size: int, steps: ran
             keyed = [(index, run.derived_seed(stage, "item", step, place)) for place, index in enumerate(chosen)]
             yield keyed[rank::world]
 
-    workers = run.config.workers if len(steps) > 1 else 0
+    # other ways to start a process than a fork, the default from Python 3.14, pickle the data set, functions and all;
+    # outside of Linux a fork is not safe
+    workers = run.config.workers if len(steps) > 1 and sys.platform.startswith("linux") else 0
     pinned = run.fabric.device.type == "cuda"
     loader = DataLoader(
         _Seeded(dataset),
         batch_sampler=list(keys()),
         num_workers=workers,
         pin_memory=pinned,
-        # as ever on Linux, until Python 3.14: other ways to start a process pickle the data set, functions and all
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        multiprocessing_context="fork" if workers else None,
     )
     return _told_of_dead_loaders(loader, stage)
 
