@@ -69,6 +69,7 @@ class AffinityNet(nn.Module):
     def __init__(self, trunk: Trunk, config: AffinityConfig) -> None:
         super().__init__()
         self.trunk = trunk
+        trunk.freeze_unused((-3, -2, -1))
         self.head = AffinityHead(trunk.level_channels[-3:], radius=config.radius, border=config.border)
 
     def maps(self, images: Tensor) -> list[Tensor]:

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from torch import nn
+
 from recipes.pipeline.attention import MIT
-from recipes.pipeline.models import check_name, check_weights
-from recipes.pipeline.transformers import HYBRID
+from recipes.pipeline.models import check_name, check_weights, freeze_stages, make_body
+from recipes.pipeline.transformers import HYBRID, TokenConfig
 
 
 class Rule(NamedTuple):
@@ -72,6 +78,59 @@ def check_settings(config: Any) -> None:
                 check_name(values[backbone].removeprefix(HYBRID), f"{place}{backbone}")
             if values["weights"] != "classifier":
                 check_weights(values["weights"], f"{place}weights")
+            body = _body_of(part, values, f"{place}{backbone}")
+            if body is not None:
+                try:
+                    freeze_stages(body, values.get("frozen_stages", 0))
+                except ValueError as error:
+                    raise ValueError(f"{place}{error}") from error
+
+
+def _body_of(part: Any, values: dict[str, Any], place: str) -> nn.Module | None:
+    """The convolutional backbone of a part, with no weights in it; None: it has none."""
+    if "encoder" in values:
+        if values.get("architecture") == "deeplabv3plus":
+            return _encoder(values["encoder"], values["output_stride"], values["weights"] == "random", place)
+        return _bare_body(values["encoder"], values["output_stride"], place)
+    if isinstance(part, TokenConfig) and not values["backbone"].startswith(HYBRID):
+        return None
+    # those that have no setting for it need 16, detectors 32
+    stride = values.get("output_stride", 32 if "strides" in values else 16)
+    return _bare_body(values["backbone"].removeprefix(HYBRID), stride, place)
+
+
+@cache
+def _bare_body(name: str, output_stride: int, place: str) -> nn.Module:
+    with torch.device("meta"):
+        return make_body(name, output_stride, place)
+
+
+@cache
+def _encoder(name: str, output_stride: int, random: bool, place: str) -> nn.Module:
+    """That of DeepLabV3+.
+
+    Raises:
+        ValueError: it cannot be made, or has not the names of tensors that weights come with.
+    """
+    try:
+        if output_stride not in (8, 16):
+            raise ValueError("it has cells of 8 or 16 pixels")
+        with torch.device("meta"):
+            body = smp.encoders.get_encoder(f"tu-{name}", weights=None, output_stride=output_stride).model
+            whole = timm.create_model(name, num_classes=0)
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f" ({error})" if str(error) else ""
+        raise ValueError(
+            f"{place}: expected a backbone that deeplabv3plus can take, such as a ResNet or EfficientNet of timm, with "
+            f"cells of {output_stride} pixels, got {name!r}{reason}; deeplabv2 and largefov also take resnet38, vgg16 "
+            "and NAME-irn"
+        ) from error
+    if not random and body.state_dict().keys() - whole.state_dict().keys():
+        raise ValueError(
+            f"{place}: deeplabv3plus cannot read pretrained weights of {name}; give random weights, or deeplabv2 or "
+            "largefov, which can"
+        )
+    return body
 
 
 def _parts(config: Any, place: str = "") -> Iterator[tuple[str, Any]]:

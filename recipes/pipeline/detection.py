@@ -71,6 +71,7 @@ class Pyramid(nn.Module):
         # of several levels of a stride the last is the most telling
         self.levels = [max(k for k, s in enumerate(trunk.level_strides) if s == stride) for stride in strides]
         self.trunk, self.out_channels = trunk, channels
+        trunk.freeze_unused(self.levels)
         self.fpn = FeaturePyramidNetwork([trunk.level_channels[level] for level in self.levels], channels)
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:

@@ -96,8 +96,17 @@ def reading(path: Path, advice: str = ANEW) -> Iterator[None]:
             raise
         if isinstance(error, RuntimeError) and _is_want_of_memory(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_reason(error)
         raise ValueError(f"{path}: cannot be read ({reason}); it is damaged or of another kind. {advice}") from error
+
+
+def first_reason(error: Exception) -> str:
+    """The first line of what an error says; of one that goes on with a list of keys also the first of these."""
+    first, *more = str(error).splitlines() or [type(error).__name__]
+    if not first.endswith(":") or not more:
+        return first
+    key, comma, _ = more[0].strip().rstrip(". ").partition('", ')
+    return f"{first} {key}" + ('", ...' if comma else "")
 
 
 def _is_want_of_memory(error: RuntimeError) -> bool:

@@ -5,6 +5,7 @@ timm supplies the backbones; :class:`wsss_modules.ResNet38` is the one of the fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from recipes.pipeline.files import load_tensors
+from recipes.pipeline.files import first_reason, load_tensors
 from wsss_modules import CAMHead, ResNet38
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,22 +38,19 @@ class Trunk(nn.Module):
     Args:
         body: a timm model with ``forward_intermediates``, or :class:`wsss_modules.ResNet38`.
         name: the name it was made by.
-        output_stride: pixels per cell of the last feature map.
         mean, std: normalisation of images in [0, 1].
+
+    Its ``output_stride`` says how many pixels a cell of the last map has.
     """
 
-    def __init__(
-        self, body: nn.Module, name: str, output_stride: int, mean: tuple[float, ...], std: tuple[float, ...]
-    ) -> None:
+    def __init__(self, body: nn.Module, name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.body, self.name, self.output_stride, self.mean, self.std = body, name, output_stride, mean, std
-        with torch.no_grad():
-            was_training = body.training
-            probe = self.eval()(torch.zeros(1, 3, 64, 64))
-            body.train(was_training)
+        self.body, self.name, self.mean, self.std = body, name, mean, std
+        probe = self._probe()
+        self._freeze_all_but([probe.final])
         self.level_channels = tuple(level.shape[1] for level in probe.levels)
         self.level_strides = tuple(64 // level.shape[-1] for level in probe.levels)
-        self.out_channels = probe.final.shape[1]
+        self.out_channels, self.output_stride = probe.final.shape[1], 64 // probe.final.shape[-1]
 
     def forward(self, images: Tensor) -> Features:
         if isinstance(self.body, ResNet38):
@@ -67,12 +65,48 @@ class Trunk(nn.Module):
         return self
 
     def with_output_stride(self, output_stride: int) -> Trunk:
-        """A copy with the same weights and another size of the last cells (dilated; ``NAME-irn`` only unstrided)."""
-        if output_stride == self.output_stride:
+        """A copy with the same weights and another size of the last cells, dilated; itself if it has one size only."""
+        if output_stride == self.output_stride or has_one_stride(self.name):
             return self
-        body = _make_body(self.name, output_stride)
+        body = make_body(self.name, output_stride)
         body.load_state_dict(self.body.state_dict())
-        return Trunk(body, self.name, output_stride, self.mean, self.std).eval()
+        return Trunk(body, self.name, self.mean, self.std).eval()
+
+    def freeze_unused(self, levels: Sequence[int]) -> None:
+        """Stop training what comes behind ``levels``: on many devices each trained parameter needs a gradient."""
+        found = self._probe().levels
+        self._freeze_all_but([found[level] for level in levels])
+
+    def _probe(self) -> Features:
+        """What it makes of a small image, with the graph of it; modes and random numbers stay as they are."""
+        modes = {module: module.training for module in self.body.modules()}
+        with torch.enable_grad():
+            probe = self.eval()(torch.zeros(1, 3, 64, 64))
+        for module, training in modes.items():
+            module.training = training
+        return probe
+
+    def _freeze_all_but(self, outputs: Sequence[Tensor]) -> None:
+        used = _leaves_behind(outputs)
+        for parameter in self.parameters():
+            if id(parameter) not in used:
+                parameter.requires_grad_(False)
+
+
+def _leaves_behind(outputs: Sequence[Tensor]) -> set[int]:
+    """The ids of the parameters that ``outputs`` were computed from."""
+    nodes = [output.grad_fn for output in outputs]
+    seen, leaves = set(nodes), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        fresh = {before for before, _ in node.next_functions} - seen
+        seen |= fresh
+        nodes += fresh
+    return leaves
 
 
 def build_trunk(name: str, weights: str = "imagenet", output_stride: int = 32) -> Trunk:
@@ -85,14 +119,12 @@ def build_trunk(name: str, weights: str = "imagenet", output_stride: int = 32) -
         weights: ``imagenet``, ``random``, or a file with a state dict.
         output_stride: 32, 16 or 8 pixels per cell of the last map.
     """
-    body = _make_body(name, output_stride)
+    body = make_body(name, output_stride)
     load_weights(body, name, weights)
     if isinstance(body, ResNet38):
-        return Trunk(body, name, 8, IMAGENET_MEAN, IMAGENET_STD)
-    if name == "vgg16":
-        output_stride = 8
+        return Trunk(body, name, IMAGENET_MEAN, IMAGENET_STD)
     cfg = body.pretrained_cfg
-    return Trunk(body, name, output_stride, tuple(cfg["mean"]), tuple(cfg["std"]))
+    return Trunk(body, name, tuple(cfg["mean"]), tuple(cfg["std"]))
 
 
 def check_name(name: str, place: str = "backbone") -> None:
@@ -104,18 +136,33 @@ def check_name(name: str, place: str = "backbone") -> None:
     raise ValueError(f"{place}: {base!r} is not a timm model" + (f"; did you mean one of {near}?" if near else ""))
 
 
-def _make_body(name: str, output_stride: int) -> nn.Module:
+def has_one_stride(name: str) -> bool:
+    """Whether the last cells of a backbone have one size, whatever is asked for."""
+    return name in (*OWN_BODIES, "vgg16") or name.endswith("-irn")
+
+
+def make_body(name: str, output_stride: int, place: str = "backbone") -> nn.Module:
+    """A backbone of timm, or :class:`wsss_modules.ResNet38`, with random weights and no classifier.
+
+    Raises:
+        ValueError: there is none of that name or with such cells; ``place`` is the setting that names it.
+    """
     if name in OWN_BODIES:
         return ResNet38(final_relu=name == "resnet38")
-    check_name(name)
+    check_name(name, place)
     base = name.removesuffix("-irn")
     if name == "vgg16":
         return _dilated_vgg16()
     if name == base:
-        return timm.create_model(
-            base, num_classes=0, **({} if output_stride == 32 else {"output_stride": output_stride})
-        )
+        if output_stride == 32:
+            return timm.create_model(base, num_classes=0)
+        try:
+            return timm.create_model(base, num_classes=0, output_stride=output_stride)
+        except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{place}: {name} cannot have cells of {output_stride} pixels, as asked for") from error
     body = timm.create_model(base, num_classes=0)
+    if not isinstance(body, timm.models.resnet.ResNet):
+        raise ValueError(f"{place}: expected a ResNet of timm before -irn, got {name!r}")
     first = body.layer4[0]
     for convolution in (first.conv1, first.conv2, first.downsample[0]):
         convolution.stride = (1, 1)
@@ -125,6 +172,7 @@ def _make_body(name: str, output_stride: int) -> nn.Module:
 def _dilated_vgg16() -> nn.Module:
     """VGG-16 without its last two reductions, as most systems of the field take it."""
     body = timm.create_model("vgg16", num_classes=0)
+    body.pre_logits = nn.Identity()  # 119 of 134 million weights that nothing here would use
     layers = body.features
     layers[23], layers[30] = nn.MaxPool2d(3, stride=1, padding=1), nn.Identity()
     for convolution in (layers[24], layers[26], layers[28]):
@@ -142,7 +190,7 @@ def load_weights(body: nn.Module, name: str, weights: str) -> None:
     """Fill a backbone with ``imagenet`` weights or those of a file; ``random`` leaves it as it is.
 
     Raises:
-        ValueError: a file that is missing or lacks tensors; ImageNet weights that can't be had.
+        ValueError: a file that is missing, or of another network; ImageNet weights that can't be had.
     """
     if weights == "random":
         return
@@ -151,9 +199,18 @@ def load_weights(body: nn.Module, name: str, weights: str) -> None:
     else:
         check_weights(weights)
         state, source = load_tensors(Path(weights), advice="Expected a state dict that torch has saved"), weights
-    missing = body.load_state_dict(state, strict=False).missing_keys
+    try:
+        missing, unexpected = body.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # sizes
+        raise ValueError(f"weights: {source} do not fit {name}: {first_reason(error)}") from error
     if missing:
         raise ValueError(f"weights: {source} lack {len(missing)} tensors of {name}, e.g. {missing[0]}")
+    parts = {key.partition(".")[0] for key in body.state_dict()} - {"head"}  # heads may stay behind
+    beyond = [key for key in unexpected if key.partition(".")[0] in parts]
+    if beyond:
+        raise ValueError(
+            f"weights: {source} are of a larger network than {name}, {len(beyond)} tensors more, e.g. {beyond[0]}"
+        )
 
 
 def _imagenet_state_dict(name: str) -> dict[str, Tensor]:
@@ -203,12 +260,26 @@ def freeze_stages(body: nn.Module, stages: int | None) -> None:
 
 
 def _stages_of(body: nn.Module) -> list[list[nn.Module]]:
-    """Stem and stages in order, as far as recipes freeze them."""
+    """Stem and stages in order, as far as recipes freeze them.
+
+    Raises:
+        ValueError: a backbone of another make.
+    """
     if isinstance(body, ResNet38):
         return [[body.conv1a], [body.b2, body.b2_1, body.b2_2], [body.b3, body.b3_1, body.b3_2]]
-    if hasattr(body, "layer1"):
-        return [[body.conv1, body.bn1], [body.layer1], [body.layer2], [body.layer3], [body.layer4]]
-    return [[body.conv_stem, body.bn1], *([stage] for stage in body.blocks)]
+    if hasattr(body, "layer1") and hasattr(body, "layer2"):
+        layers = [getattr(body, name) for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(body, name)]
+        return [[body.conv1, body.bn1], *([layer] for layer in layers)]
+    if hasattr(body, "conv_stem") and hasattr(body, "blocks"):
+        return [[body.conv_stem, body.bn1], *([stage] for stage in body.blocks)]
+    if hasattr(body, "stem") and hasattr(body, "s1"):
+        return [[body.stem], [body.s1], [body.s2], [body.s3], [body.s4]]
+    if hasattr(body, "stem") and isinstance(getattr(body, "stages", None), nn.Sequential):
+        return [[body.stem], *([stage] for stage in body.stages)]
+    raise ValueError(
+        f"frozen_stages: expected 0 with a {type(body).__name__}; only ResNets, EfficientNets, MobileNets, RegNets, "
+        "ConvNeXts and resnet38 can be frozen by stages"
+    )
 
 
 class Classifier(nn.Module):

@@ -123,9 +123,9 @@ class Segmenter(nn.Module):
             )
             self.encoder = self.net.encoder
             body = self.encoder.model
+            load_weights(body, config.encoder, config.weights)
             if depth < 5:
                 cut_off(body)
-            load_weights(body, config.encoder, config.weights)
             freeze_stages(body, config.frozen_stages)
             self.head_modules = [self.net.decoder, self.net.segmentation_head]
             pretrained = timm.get_pretrained_cfg(config.encoder)

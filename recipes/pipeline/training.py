@@ -111,15 +111,16 @@ def poly_sgd(
         momentum: the released PSA and IRN code pass the weight decay in momentum's place, so that their momentum is
             5e-4 and 1e-4; their own ``momentum`` argument is only ``power``.
         power: exponent.
-        warmup: W, fewer than ``steps``.
+        warmup: W, at most ``steps``.
         warmup_start: factor of the first step of the warm-up.
     """
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=momentum)
 
     def factor(t: int) -> float:
+        t = min(t, steps - 1)
         if t < warmup:
             return warmup_start + (1 - warmup_start) * t / warmup
-        return (1 - (min(t, steps - 1) - warmup) / (steps - warmup)) ** power
+        return (1 - (t - warmup) / (steps - warmup)) ** power
 
     return optimizer, LambdaLR(optimizer, factor)
 
@@ -157,7 +158,7 @@ def two_speed_groups(
     """
     if isinstance(schedule, AdamSchedule):
         return _adam_groups(model, heads, schedule)
-    new = {id(parameter) for head in heads for parameter in head.parameters()}
+    new = _parameters_of(heads)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -173,11 +174,15 @@ def two_speed_groups(
     ]
 
 
+def _parameters_of(heads: Sequence[nn.Module | nn.Parameter]) -> set[int]:
+    parts = ([head] if isinstance(head, nn.Parameter) else head.parameters() for head in heads)
+    return {id(parameter) for part in parts for parameter in part}
+
+
 def _adam_groups(
     model: nn.Module, heads: Sequence[nn.Module | nn.Parameter], schedule: AdamSchedule
 ) -> list[dict[str, Any]]:
-    parts = ([head] if isinstance(head, nn.Parameter) else head.parameters() for head in heads)
-    new = {id(parameter) for part in parts for parameter in part}
+    new = _parameters_of(heads)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -245,11 +250,13 @@ def fit(
         optimizer, scheduler = poly_sgd(
             groups, steps, momentum=schedule.momentum, power=schedule.power, warmup=int(warmup * steps)
         )
-    done, curve, best = 0, [], {}
+    done, curve, best, scaling = 0, [], {}, None
     if partial.exists():
         state = load_tensors(partial, device)
         _restore(partial, model, state, optimizer=optimizer, scheduler=scheduler)
         done, curve, best = state["step"], state["curve"], state.get("best", {})
+        scaling = state.get("precision")
+    _restart_scaling(run, scaling)
     fabric.barrier()
 
     wrapped, optimizer = fabric.setup(model, optimizer)
@@ -291,6 +298,7 @@ def fit(
                     model,
                     optimizer=optimizer.state_dict(),
                     scheduler=scheduler.state_dict(),
+                    precision=fabric.strategy.precision.state_dict(),
                     step=step + 1,
                     curve=curve,
                     best=best,
@@ -307,6 +315,13 @@ def fit(
         partial.unlink(missing_ok=True)
     fabric.barrier()
     return model.eval()
+
+
+def _restart_scaling(run: Run, state: dict[str, Any] | None) -> None:
+    """Scale the loss (``16-mixed``) as in ``state``, or anew, whatever the trainings before came to."""
+    precision = run.fabric.strategy.precision
+    if precision.state_dict():
+        precision.load_state_dict(state or torch.amp.GradScaler(run.fabric.device.type).state_dict())
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -377,15 +392,16 @@ def _batches(run: Run, stage: str, dataset: Dataset, batch_size: int, steps: ran
             keyed = [(index, run.derived_seed(stage, "item", step, place)) for place, index in enumerate(chosen)]
             yield keyed[rank::world]
 
-    workers = run.config.workers if len(steps) > 1 else 0
+    # other ways to start a process than a fork, the default from Python 3.14, pickle the data set, functions and all;
+    # outside of Linux a fork is not safe
+    workers = run.config.workers if len(steps) > 1 and sys.platform.startswith("linux") else 0
     pinned = run.fabric.device.type == "cuda"
     loader = DataLoader(
         _Seeded(dataset),
         batch_sampler=list(keys()),
         num_workers=workers,
         pin_memory=pinned,
-        # as ever on Linux, until Python 3.14: other ways to start a process pickle the data set, functions and all
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        multiprocessing_context="fork" if workers else None,
     )
     return _told_of_dead_loaders(loader, stage)
 

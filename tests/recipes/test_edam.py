@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recipes import edam
-from recipes.pipeline.models import _make_body, build_trunk
+from recipes.pipeline.models import build_trunk, make_body
 from recipes.pipeline.run import Run, start
 from recipes.pipeline.training import RandomScale, Schedule, TaggedCrops, crop_transform, poly_sgd
 from wsss_modules import ResNet38
@@ -59,7 +59,7 @@ def test_paper_takes_about_the_published_number_of_steps() -> None:
 def test_paper_reads_masks_off_signed_features() -> None:
     config = edam.PRESETS["paper"].edam
     with torch.device("meta"):
-        body = _make_body(config.backbone, config.output_stride)
+        body = make_body(config.backbone, config.output_stride)
     assert isinstance(body, ResNet38)
     assert not body.final_relu
 

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
 
 from recipes.pipeline.data import load_dataset
@@ -132,6 +134,43 @@ def test_adamw_killed_and_resumed_gives_the_same_weights(tmp_path: Path) -> None
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")  # its first step is left out
+@pytest.mark.parametrize("old", [False, True], ids=["whole", "without-scale"])
+def test_the_scale_of_half_precision_is_kept_with_the_rest(old: bool, tmp_path: Path) -> None:
+    def half_run(name: str) -> Run:
+        run = make_run(tmp_path / name)
+        run.fabric = Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu")])
+        return run
+
+    scales, killed_at = [], None
+
+    def large_error(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
+        if at.step == killed_at:
+            raise KeyboardInterrupt
+        scales.append(run.fabric.strategy.precision.scaler.get_scale())
+        return 64 * squared_error(model, batch, at)  # overflows at the first scale
+
+    run = half_run("whole")
+    whole = train(run, large_error)
+    first = list(scales)
+    assert first[-1] < first[0] == 2.0**16
+    run.path("checkpoints", "points.pt").unlink()
+    scales.clear()
+    assert same(train(run, large_error), whole)
+    assert scales == first, "whatever was trained before in this process"
+    run, killed_at = half_run("killed"), 3
+    with pytest.raises(KeyboardInterrupt):
+        train(run, large_error)
+    if old:
+        partial = run.path("checkpoints", "points.partial.pt")
+        torch.save({k: v for k, v in torch.load(partial, weights_only=True).items() if k != "precision"}, partial)
+    run, killed_at = half_run("killed"), None
+    scales.clear()
+    resumed = train(run, large_error)
+    assert scales[0] == (2.0**16 if old else first[3])
+    assert old or (same(resumed, whole) and scales == first[3:])
+
+
 def test_poly_sgd_falls_to_its_last_value_and_stays() -> None:
     parameter = nn.Parameter(torch.zeros(1))
     optimizer, scheduler = poly_sgd([{"params": [parameter], "lr": 0.2}], 4, momentum=0.9)
@@ -141,6 +180,18 @@ def test_poly_sgd_falls_to_its_last_value_and_stays() -> None:
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([0.2 * (1 - t / 4) ** 0.9 for t in (0, 1, 2, 3, 3, 3)])
+
+
+@pytest.mark.parametrize("warmup", [4, 6])
+def test_a_warmup_may_take_all_steps(warmup: int) -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer, scheduler = poly_sgd([{"params": [parameter], "lr": 1.0}], 4, momentum=0.9, warmup=warmup)
+    rates = []
+    for _ in range(6):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.1 + 0.9 * t / warmup for t in (0, 1, 2, 3, 3, 3)])
 
 
 def test_two_speed_groups_leave_out_frozen_layers_and_can_double_biases() -> None:
@@ -154,6 +205,16 @@ def test_two_speed_groups_leave_out_frozen_layers_and_can_double_biases() -> Non
         id(model[2].weight): (0.5, 1e-4),
         id(model[2].bias): (1.0, 0.0),
     }
+
+
+def test_a_parameter_can_be_a_head_of_either_schedule() -> None:
+    model = nn.Linear(2, 1)
+    for schedule in (SCHEDULE, AdamSchedule(epochs=1, batch_size=1, lr=0.1, head_lr=0.5)):
+        groups = two_speed_groups(model, [model.bias], schedule)
+        assert {id(p): group["lr"] for group in groups for p in group["params"]} == {
+            id(model.weight): 0.1,
+            id(model.bias): 0.5,
+        }
 
 
 def test_killed_training_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
@@ -245,6 +306,34 @@ def test_result_does_not_depend_on_loader_processes(tmp_path: Path) -> None:
     assert same(train(make_run(tmp_path / "a", workers=0)), train(make_run(tmp_path / "b", workers=2)))
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_loaders_need_not_pickle_the_data_set(platform: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unpicklable(NoisyPoints):
+        def __init__(self) -> None:
+            self.own = lambda index: {"worker": torch.tensor(get_worker_info() is not None), "index": index}
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            return {**super().__getitem__(index), **self.own(torch.tensor(index))}
+
+    in_workers = []
+
+    def noted(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Tensor:
+        in_workers.append(bool(batch["worker"].all()))
+        return squared_error(model, batch, at)
+
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    monkeypatch.setattr(sys, "platform", platform)
+    try:
+        model = small_model()
+        run, groups = make_run(tmp_path, workers=1), two_speed_groups(model, [], SCHEDULE)
+        fit(run, "points", model, Unpicklable(), noted, groups, SCHEDULE)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert in_workers == [platform == "linux"] * 6
+
+
 def test_another_seed_gives_another_result(tmp_path: Path) -> None:
     assert not same(train(make_run(tmp_path / "a", seed=0)), train(make_run(tmp_path / "b", seed=1)))
 
@@ -259,6 +348,17 @@ def test_max_steps_cuts_training_short_even_with_fewer_images_than_a_batch(tmp_p
 def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="points: the loss is nan at step 0; lower the learning rate"):
         train(make_run(tmp_path), lambda model, batch, at: squared_error(model, batch, at) * float("nan"))
+
+
+def test_a_checkpoint_of_another_network_is_told_with_its_first_key(tmp_path: Path) -> None:
+    run, others = make_run(tmp_path), {**small_model().state_dict(), "0.bias": torch.ones(9)}
+    file = run.path("checkpoints", "points.pt")
+    file.parent.mkdir()
+    missing, size = 'Missing key.s. in state_dict: "0.weight", ...', "size mismatch for 0.bias: .*"
+    for state, told in (({}, missing), (others, size)):
+        torch.save({"model": state}, file)
+        with pytest.raises(ValueError, match=rf"points.pt: cannot be read .*for Sequential: {told}.; it is damaged"):
+            train(run)
 
 
 @pytest.mark.slow
