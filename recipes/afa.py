@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.cli import run_recipe
-from recipes.pipeline.attention import Attended, AttendingTrunk, freeze_norms, with_random_weights
+from recipes.pipeline.attention import Attended, AttendingTrunk, freeze_norms
 from recipes.pipeline.cams import write_maps
 from recipes.pipeline.labels import measure_cams, refine_masks, write_masks
 from recipes.pipeline.report import finish
@@ -228,7 +228,7 @@ def main(config: Config) -> dict:
     run = start("afa", config, takes=())
 
     with run.stage("train", "Tags, pseudo labels and affinities in one training"):
-        trunk = AttendingTrunk(with_random_weights(config.tokens, config.max_steps is not None))
+        trunk = AttendingTrunk(config.tokens, weights=run.weights(config.tokens.weights))
         model = AFANet(trunk, len(run.dataset.classes), config.afa)
         train(run, model, config.afa)
 

@@ -155,7 +155,7 @@ def objective(config: Config, **options: bool) -> NoiseAwareLoss:
 
 def train_segmentation(run: Run, config: Config) -> CosineSegmenter:
     """Cross-entropy where both labels agree, weighted by confidence where they do not."""
-    settings = config.segment if run.config.max_steps is None else replace(config.segment, weights="random")
+    settings = replace(config.segment, weights=run.weights(config.segment.weights))
     model = CosineSegmenter(settings, 1 + len(run.dataset.classes), temperature=config.temperature)
     transform = crop_transform(RandomScale(*settings.scale), settings.crop, model.mean, model.std)
     criterion = objective(config, sync=run.fabric.world_size > 1)

@@ -96,8 +96,7 @@ def write_confident_labels(run: Run, config: RelationConfig) -> None:
 
 def train_relations(run: Run, config: RelationConfig) -> IRNet:
     """Section 4.2: pairs within ``radius`` of the same class attract, others repel; displacements agree on a centre."""
-    weights = "random" if run.config.max_steps is not None else config.weights
-    model = IRNet(build_trunk(config.backbone, weights, output_stride=16))
+    model = IRNet(build_trunk(config.backbone, run.weights(config.weights), output_stride=16))
     transform = crop_transform(RandomScale(*config.scale), config.crop, model.trunk.mean, model.trunk.std)
     crops = MaskedCrops(run.dataset, run.train, lambda name: read_mask(run, name, "ir_label"), transform)
     loss = InterPixelRelationLoss(radius=config.radius, sync=run.fabric.world_size > 1)

@@ -60,8 +60,7 @@ def mode_of(config: Config) -> str:
 def build(run: Run, config: Config) -> tuple[TokenTrunk, MultiClassTokenViT]:
     """The encoder with a token for each class and without its last norm, section 3.2."""
     classes, plus = len(run.dataset.classes), config.mct.variant == "plus"
-    weights = "random" if run.config.max_steps is not None else config.tokens.weights
-    tokens = replace(config.tokens, weights=weights)
+    tokens = replace(config.tokens, weights=run.weights(config.tokens.weights))
     trunk = build_token_trunk(tokens, classes, final_norm=False, pos_offset=0.0 if plus else 0.1)
     query_key(trunk.encoder.blocks[0], trunk.encoder.prefix)  # or a word on why not, before hours of training
     return trunk, MultiClassTokenViT(trunk.encoder, classes, config.mct.variant, n_layers=config.mct.layers)

@@ -152,9 +152,8 @@ def check(config: StudentConfig) -> None:
 
 def new_student(run: Run, config: StudentConfig) -> Segmenter:
     """The student as it starts, always the same."""
-    weights = "random" if run.config.max_steps is not None else config.network.weights
     torch.manual_seed(run.derived_seed("student"))
-    network = replace(config.network, weights=weights)
+    network = replace(config.network, weights=run.weights(config.network.weights))
     classes = 1 + len(run.dataset.classes)
     return Segmenter(network, classes, depth=config.depth, decoder_channels=config.decoder_channels)
 

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.cli import run_recipe
-from recipes.pipeline.attention import AttendingTrunk, freeze_but_last, with_random_weights
+from recipes.pipeline.attention import AttendingTrunk, freeze_but_last
 from recipes.pipeline.cams import read_cam, share_of_classes, write_maps
 from recipes.pipeline.labels import measure_cams, refine_masks, threshold_mask, write_masks
 from recipes.pipeline.oracle import Choose, choose_by_masks, judges
@@ -224,7 +224,7 @@ def main(config: Config) -> dict:
         judges(run, "val")  # or a word that there are none
 
     with run.stage("classify", "Classes of patches from tags, and two views of each image"):
-        trunk = AttendingTrunk(with_random_weights(config.tokens, config.max_steps is not None))
+        trunk = AttendingTrunk(config.tokens, weights=run.weights(config.tokens.weights))
         net = PatchNet(trunk, len(run.dataset.classes), config.patches)
         choose = oracle(run, net, config.test_scale) if config.oracle_checkpoint_selection else None
         train(run, net, config.patches, choose)

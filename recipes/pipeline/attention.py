@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import segmentation_models_pytorch as smp
@@ -36,10 +37,12 @@ class AttendingTrunk(nn.Module):
     Args:
         config: a timm name, hybrid:NAME or mit_b0 to mit_b2.
         export: number of last blocks whose attention logits are given.
+        weights: in place of those of ``config``.
     """
 
-    def __init__(self, config: TokenConfig, export: int = 2) -> None:
+    def __init__(self, config: TokenConfig, export: int = 2, weights: str | None = None) -> None:
         super().__init__()
+        config = config if weights is None else replace(config, weights=weights)
         self.name, self.export, self.body = config.backbone, export, None
         if config.backbone in MIT:
             self.encoder: nn.Module = _mix_transformer(config, export)
@@ -136,8 +139,3 @@ def freeze_but_last(trunk: AttendingTrunk, blocks: int) -> None:
     trunk.encoder.requires_grad_(False)
     for layer in [*list(trunk.encoder.blocks)[depth - blocks :], trunk.encoder.norm]:
         layer.requires_grad_(True)
-
-
-def with_random_weights(config: TokenConfig, cut_short: bool) -> TokenConfig:
-    """A run cut short takes random weights."""
-    return TokenConfig(**{**vars(config), "weights": "random"}) if cut_short else config

@@ -109,7 +109,7 @@ def train_on_captions(
         raise ValueError(
             f"critic.model: captions needs a caption of each training image, {missing} has none; take conse or CLIP"
         )
-    trunk = build_trunk(backbone, "imagenet" if run.config.max_steps is None else "random")
+    trunk = build_trunk(backbone, run.weights("imagenet"))
     freeze_stages(trunk.body, frozen_stages)
     model = CaptionModel(trunk, sorted({word for caption in captions for word in words_of(caption)}))
     transform = crop_transform(RandomScale(0.8, 1.2), size, trunk.mean, trunk.std)

@@ -116,7 +116,7 @@ def make_trunk(run: Run, config: BackboneConfig, output_stride: int, classifier:
     starts_as_classifier = config.weights == "classifier" and classifier is not None
     if starts_as_classifier:
         check_backbones(config.backbone, classifier.name)
-    weights = "random" if starts_as_classifier or run.config.max_steps is not None else config.weights
+    weights = "random" if starts_as_classifier else run.weights(config.weights)
     trunk = build_trunk(config.backbone, weights, output_stride)
     if starts_as_classifier:
         trunk.body.load_state_dict(classifier.body.state_dict())

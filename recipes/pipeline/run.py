@@ -74,7 +74,7 @@ class RunConfig:
     precision: str = "32-true"
     """Lightning Fabric precision: 32-true, 16-mixed or bf16-mixed."""
     workers: int = 2
-    """Loader processes, and images worked on at once where one does not fill the cores."""
+    """Loader processes (on Linux), and images worked on at once where one does not fill the cores."""
     max_steps: int | None = None
     """Take so many steps, or images, in every stage, with random weights: proves a preset at its real shapes."""
     reuse: Path | None = None
@@ -162,6 +162,10 @@ class Run:
     def image(self, name: str) -> Tensor:
         """A photograph (3, H, W) uint8, on the device."""
         return image_tensor(self.dataset.image(name)).to(self.fabric.device)
+
+    def weights(self, wanted: str) -> str:
+        """What a network starts from: random weights in a run cut short, which only proves its shapes."""
+        return wanted if self.config.max_steps is None else "random"
 
     def _cut(self, names: tuple[str, ...]) -> tuple[str, ...]:
         return names if self.config.max_steps is None else names[: self.config.max_steps]

@@ -67,8 +67,7 @@ def train_segmentation(
     ``num_classes`` counts the background; by default the masks are of the classes of the data set. ``start_from`` gives
     the weights to start from, in place of the pretrained ones.
     """
-    if run.config.max_steps is not None:
-        config = replace(config, weights="random")
+    config = replace(config, weights=run.weights(config.weights))
     model = Segmenter(config, num_classes or 1 + len(run.dataset.classes))
     if start_from is not None:
         model.load_state_dict(start_from.state_dict())

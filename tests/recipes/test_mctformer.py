@@ -22,7 +22,7 @@ TINY = mctformer.PRESETS["tiny"]
 
 def build(variant: str, seed: int = 0) -> tuple:
     torch.manual_seed(seed)
-    run = SimpleNamespace(dataset=SimpleNamespace(classes=("cat", "dog", "cow")), config=SimpleNamespace(max_steps=1))
+    run = SimpleNamespace(dataset=SimpleNamespace(classes=("cat", "dog", "cow")), weights=lambda wanted: "random")
     return mctformer.build(run, replace(TINY, mct=replace(TINY.mct, variant=variant)))
 
 
@@ -119,7 +119,7 @@ def test_the_maps_that_are_the_seeds_by_default(backbone: str, variant: str, mod
 
 
 def test_attention_that_cannot_be_read_is_told_before_the_training() -> None:
-    run = SimpleNamespace(dataset=SimpleNamespace(classes=("cat", "dog")), config=SimpleNamespace(max_steps=1))
+    run = SimpleNamespace(dataset=SimpleNamespace(classes=("cat", "dog")), weights=lambda wanted: "random")
     tokens = replace(TINY.tokens, backbone="cait_xxs24_224")
     with pytest.raises(TypeError, match="block: expected attention by products of queries and keys alone"):
         mctformer.build(run, replace(TINY, tokens=tokens))
