@@ -344,12 +344,19 @@ def predict(
         crf: refine by a dense CRF; as the run tested its network by default.
         device: cpu, cuda or another of torch's.
     """
+    import torch
+
     from recipes.pipeline.predict import find_photos
     from recipes.pipeline.predict import predict as predictions
     from recipes.pipeline.pretrained import from_pretrained
 
     if not photos:
         raise ValueError("photos: expected at least one photograph or folder, got none")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: expected cpu, or cuda where there is one, got {device!r} ({reason})") from error
     found = find_photos(photos)
     trained = from_pretrained(run / "model" if (run / "model").is_dir() else run)
     folder, console, unread = out or run / "predictions", _console(), []

@@ -25,6 +25,7 @@ from recipes.pipeline.segmenter import (
 from recipes.pipeline.transformers import TokenConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FORMAT = 1
 KINDS = {"segmenter": Segmenter, "cosine": CosineSegmenter, "segformer": SegFormer}
 
 
@@ -58,7 +59,7 @@ def save_pretrained(
     with replacing(folder / WEIGHTS) as file:
         file.write(safetensors.torch.save(state))
     told = {
-        "format": 1,
+        "format": FORMAT,
         "kind": next(name for name, kind in KINDS.items() if type(network) is kind),
         "network": {key: value for key, value in asdict(config).items() if key != "schedule"},
         "shape": network.shape,
@@ -85,6 +86,8 @@ def from_pretrained(folder: Path) -> Pretrained:
         )
     try:
         told = json.loads((folder / CONFIG).read_text())
+        if told["format"] != FORMAT:
+            raise KeyError(f"format {told['format']}, this version reads {FORMAT}")
         classes, palette = tuple(told["classes"]), tuple(told["palette_index"])
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in told["network"].items()}
         network, config = _untrained(told.get("kind", "segmenter"), options, told.get("shape", {}), 1 + len(classes))

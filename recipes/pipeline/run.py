@@ -14,6 +14,7 @@ import errno
 import inspect
 import json
 import os
+import re
 import textwrap
 import threading
 import time
@@ -392,7 +393,7 @@ def _completed(found: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any
 
 def _learnt_from(dataset: ImageSet) -> dict[str, int]:
     """What tells one set of training images and tags from another, whatever the lists and files are called."""
-    told = "\n".join(f"{name}: {[dataset.classes[k - 1] for k in dataset.tags[name]]}" for name in dataset.train)
+    told = "\n".join([str(dataset.classes), *(f"{name}: {dataset.tags[name]}" for name in dataset.train)])
     return {"images": len(dataset.train), "checksum": zlib.crc32(told.encode())}
 
 
@@ -414,8 +415,9 @@ def _open_folder(folder: Path, recipe: str, config: RunConfig, learnt_from: Mapp
         if differing:
             told = "; ".join(differing)
             raise ValueError(f"out: {folder} holds a run with other settings ({told}); give another --out or remove it")
-    for left_over in folder.rglob("*.part-*"):
-        left_over.unlink()
+        for file in folder.rglob("*.part-*-*"):
+            if re.fullmatch(r".+\.part-\d+-\d+", file.name):  # of `replacing`, in an attempt that was killed
+                file.unlink()
     if metrics is not None:  # before --until changes: a kill in between must not leave a run that seems whole
         with replacing(kept, "w") as out:
             json.dump({**metrics, "finished": False}, out, indent=1)

@@ -330,7 +330,8 @@ def _channels_last(tensor: Tensor) -> Tensor:
 
 def _save(path: Path, model: nn.Module, **state: Any) -> None:
     """Write the weights and ``state``; never weights that are not finite, from which nobody could go on."""
-    broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    tensors = model.state_dict().items()
+    broken = [name for name, value in tensors if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise FloatingPointError(
             f"{path.name}: not written, {len(broken)} weights are not finite, e.g. {broken[0]}; lower the learning rate"

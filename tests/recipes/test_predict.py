@@ -170,6 +170,10 @@ def test_wrong_input_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "would both be a.png; predict them apart" in fails([str(run), str(tmp_path)], capsys)
     assert f"photos: there is no {tmp_path / 'b.jpg'}" in fails([str(run), str(tmp_path / "b.jpg")], capsys)
     assert "photos: expected at least one photograph" in fails([str(run)], capsys)
+    for device in ("nonsense", "meta:x", *(() if torch.cuda.is_available() else ("cuda",))):
+        assert f"device: expected cpu, or cuda where there is one, got '{device}'" in fails(
+            [str(run), photo, "--device", device], capsys
+        )
     assert "photos: expected .jpg" in fails([str(run), str(run / "model" / "config.json")], capsys)
 
 
@@ -178,6 +182,10 @@ def test_a_damaged_network_is_told(run: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((run / "model" / name).read_bytes())
     (tmp_path / "model.safetensors").write_bytes((run / "model" / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"model\.safetensors: not the weights of this network"):
+        from_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**told, "format": 2}))
+    with pytest.raises(ValueError, match=r"of a network of this version \('format 2, this version reads 1'\)"):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json: not the configuration of a network of this version"):

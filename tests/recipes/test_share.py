@@ -147,6 +147,29 @@ def test_another_share_is_the_same_run(plain: Path, tmp_path: Path) -> None:
     assert run.metrics["taken"] == ["classify", "cams"]
 
 
+def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run" / "films").mkdir(parents=True)
+    theirs = tmp_path / "run" / "films" / "film.part-1-of-2.mkv"
+    theirs.touch()
+    for _ in range(2):
+        start("cam", replace(TINY, out=tmp_path / "run"))
+        assert theirs.exists()
+    left_over = tmp_path / "run" / "metrics.json.part-12-345"
+    left_over.touch()
+    start("cam", replace(TINY, out=tmp_path / "run"))
+    assert not left_over.exists()
+
+
+def test_columns_in_another_order_are_other_classes(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "tags.csv").write_text("name,cat,dog\na,1,1\n")
+    config = replace(TINY, data=f"folder:{tmp_path}", labels=str(tmp_path / "tags.csv"), out=tmp_path / "run")
+    start("cam", config)
+    (tmp_path / "tags.csv").write_text("name,dog,cat\na,1,1\n")
+    with pytest.raises(ValueError, match="training images and their tags: 1 there, 1 others now"):
+        start("cam", config)
+
+
 def test_a_run_that_is_gone_on_with_is_not_finished(tmp_path: Path) -> None:
     run = start("cam", replace(TINY, out=tmp_path / "run"))
     run.record(finished=True)

@@ -25,6 +25,7 @@ from recipes.pipeline.training import (
     RandomLongSide,
     RandomScale,
     Schedule,
+    _save,
     crop_transform,
     fit,
     poly_sgd,
@@ -70,6 +71,14 @@ def train(run: Run, loss_of=squared_error, schedule: Schedule = SCHEDULE, **opti
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_norms_that_have_seen_a_nan_are_never_written(tmp_path: Path) -> None:
+    model = nn.BatchNorm1d(2)
+    model.running_mean[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"1 weights are not finite, e.g. running_mean"):
+        _save(tmp_path / "a.pt", model)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_training_costs_is_recorded_on_the_way_and_counted_once(tmp_path: Path) -> None:

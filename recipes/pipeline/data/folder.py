@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -151,17 +152,23 @@ class _Resolver:
         for path in photos:
             stem = os.path.splitext(path)[0]
             for key in dict.fromkeys((path, stem, os.path.basename(path), os.path.basename(stem), safe_name(path))):
-                self._by.setdefault(key, []).append(path)
+                self._by.setdefault(_composed(key), []).append(path)
 
     def __call__(self, written: str) -> str | None:
         """Path below the folder, or None if no photograph or more than one is meant."""
-        written = written.replace("\\", "/").removeprefix("./")
+        written = _composed(written.replace("\\", "/").removeprefix("./"))
         for key in (written, os.path.splitext(written)[0] if written.lower().endswith((".png",)) else written):
-            exact = [path for path in self._by.get(key, ()) if key in (path, os.path.splitext(path)[0])]
+            candidates = [(path, _composed(path)) for path in self._by.get(key, ())]
+            exact = [path for path, whole in candidates if key in (whole, os.path.splitext(whole)[0])]
             found = exact or self._by.get(key, [])
             if len(found) == 1:
                 return found[0]
         return None
+
+
+def _composed(name: str) -> str:
+    """One spelling of letters with marks, of which file systems keep several."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _find(root: Path, suffixes: Sequence[str], skip: Path | None = None) -> list[str]:

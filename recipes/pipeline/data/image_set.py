@@ -336,7 +336,11 @@ def read_mask(path: str) -> np.ndarray:
 
 
 def listing(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
-    """Stem -> file of one folder, without sub-folders; upper- and lower-case suffixes; empty if there is no folder."""
+    """Stem -> file of one folder, without sub-folders; upper- and lower-case suffixes; empty if there is no folder.
+
+    Raises:
+        ValueError: two files of one stem, which might be two photographs.
+    """
     if not folder.is_dir():
         return {}
     found: dict[str, str] = {}
@@ -344,6 +348,9 @@ def listing(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
         for entry in sorted(entries, key=lambda item: item.name):
             stem, suffix = os.path.splitext(entry.name)
             if suffix.lower() in suffixes and not stem.startswith("."):
+                if stem in found:
+                    both = f"{os.path.basename(found[stem])} and {entry.name}"
+                    raise ValueError(f"{folder}: expected one file a name, got {both}")
                 found[stem] = entry.path
     return found
 
@@ -374,9 +381,14 @@ def read_json(path: Path, argument: str, expected: str) -> dict[str, Any]:
         argument: What gave the file, for the messages.
         expected: What it should hold, for the messages.
     """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        check_unique([key for key, _ in pairs], f"{argument}: {path}")
+        return dict(pairs)
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{argument}: {path} is not JSON ({error}); expected {expected}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{argument}: {path}: expected {expected}, got a {type(content).__name__}")

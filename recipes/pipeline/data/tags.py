@@ -107,16 +107,29 @@ def _read_csv(path: Path, classes: Sequence[str] | None) -> Tags:
         ragged = [row[0] for row in rows if len(row) != len(header)]
         if ragged:
             raise ValueError(f"labels: {path}: {first_five(ragged, 'row')} without {len(header)} cells")
+        if not all(header):
+            raise ValueError(f"labels: {path}: a column of the table has no name: {','.join(header)!r}")
         named = {
             row[0]: [c for c, cell in zip(header[1:], row[1:], strict=True) if _BITS[cell.lower()]] for row in rows
         }
         return _index(path, named, header[1:] if classes is None else classes)
+    if any(cells) and len(set(header[1:])) > 1 and all(_is_number(cell) for cell in cells if cell):
+        wrong = next(cell for cell in cells if cell and cell.lower() not in _BITS)
+        raise ValueError(f"labels: {path}: expected 0 or 1 in each cell of a table, got {wrong!r}")
     if any(len([cell for cell in row if cell]) > 2 for row in (header, *rows)):  # one tag a cell
         named = {row[0]: [cell for cell in row[1:] if cell] for row in rows}
     else:
         separator = r"[;|]" if any(mark in cell for cell in cells for mark in ";|") else r"[\s,]+"
         named = {row[0]: [tag for cell in row[1:] for tag in re.split(separator, cell)] for row in rows}
     return _index(path, named, classes)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_json(path: Path, classes: Sequence[str] | None) -> Tags:

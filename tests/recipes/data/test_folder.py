@@ -1,9 +1,11 @@
 """Folders of photographs."""
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from recipes.pipeline.data import load_dataset
 from tests.recipes.data.photos import half_mask, write_mask, write_photo
@@ -80,6 +82,14 @@ def test_folder_masks_may_lie_elsewhere(photos: Path, tmp_path: Path) -> None:
         load_dataset(f"folder:{photos}", labels=photos / "tags.csv", masks=tmp_path / "truth")
     with pytest.raises(ValueError, match=r"masks: no folder"):
         load_dataset(f"folder:{photos}", labels=photos / "tags.csv", masks=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("on_disk", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_letters_with_marks_are_the_same_however_they_are_kept(tmp_path: Path, on_disk: str, written: str) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / unicodedata.normalize(on_disk, "köln.jpg"))
+    (tmp_path / "tags.csv").write_text(unicodedata.normalize(written, "name,tags\nköln.jpg,tower\n"))
+    data = load_dataset(f"folder:{tmp_path}", labels=tmp_path / "tags.csv")
+    assert [data.tags[name] for name in data.train] == [(1,)]
 
 
 def test_folder_tags_and_photographs_must_match(photos: Path) -> None:

@@ -102,6 +102,13 @@ def test_val_without_any_mask_is_said(voc: Path) -> None:
     assert any("not measured" in note for note in data.notes)
 
 
+def test_two_photographs_of_one_name_are_refused(voc: Path) -> None:
+    photo = next((voc / "JPEGImages").glob("v.*"))
+    photo.with_suffix(".webp").write_bytes(photo.read_bytes())
+    with pytest.raises(ValueError, match=r"JPEGImages: expected one file a name, got v\.\w+ and v\.\w+"):
+        load_dataset(f"voc:{voc}")
+
+
 def test_seed_images_that_are_not_in_train_are_said(voc: Path) -> None:
     write_list(voc, "few", "av")
     data = load_dataset(f"voc:{voc}", seed_list="few")
