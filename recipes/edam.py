@@ -11,7 +11,7 @@ and images help each other. At test time only the masks are left.
     python -m recipes run edam                                      # built-in demo data, two CPU cores
     python -m recipes run edam --preset small --data voc:PATH --saliency RUN_OF_C2AM
     python -m recipes run edam --preset paper --data voc:PATH --saliency FOLDER --edam.weights FILE
-    python -m recipes run edam --data folder:PHOTOS --labels tags.csv --saliency none
+    python -m recipes run edam --preset small --data folder:PHOTOS --labels tags.csv --saliency none
 
 This is supervision by image tags *and* saliency maps: compare it with systems that use both. The maps come from
 ``--saliency``, or from the data set; with ``none`` the masks are those above ``--threshold``, refined by a dense CRF.

@@ -10,7 +10,7 @@ CAMs then spread by a random walk that boundaries stop.
     python -m recipes run irn                                       # built-in demo data, two CPU cores
     python -m recipes run irn --preset paper --data voc:PATH        # VOC 2012, one GPU
     python -m recipes run irn --preset paper --data voc:PATH --devices 8
-    python -m recipes run irn --data folder:PHOTOS --labels tags.csv
+    python -m recipes run irn --preset small --data folder:PHOTOS --labels tags.csv
 
 Published with ResNet-50 on VOC 2012 train: CAM 48.3, semantic masks 66.5 mIoU; the segmenter 63.5 on val. The released
 optimiser passes the weight decay as SGD's momentum, so that its momentum is 1e-4; ``paper`` does the same.

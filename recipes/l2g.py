@@ -11,7 +11,7 @@ in the shape of the saliency. At test time only the second is run, and its maps 
     python -m recipes run l2g                                       # built-in demo data, two CPU cores
     python -m recipes run l2g --preset small --data voc:PATH --saliency RUN_OF_C2AM
     python -m recipes run l2g --preset paper --data voc:PATH --saliency FOLDER --l2g.weights FILE
-    python -m recipes run l2g --data folder:PHOTOS --labels tags.csv --saliency none
+    python -m recipes run l2g --preset small --data folder:PHOTOS --labels tags.csv --saliency none
 
 The published networks start from ImageNet and learn for 35,000 steps. In the 120 and 486 of ``demo`` and ``small`` a
 network that learns classes from the other's maps alone does not get as far: there both start as a plain classifier.

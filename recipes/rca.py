@@ -10,7 +10,7 @@ pixels read its prototypes. The attention of all epochs is accumulated, and join
     python -m recipes run rca                                       # built-in demo data, two CPU cores
     python -m recipes run rca --preset small --data voc:PATH --saliency RUN_OF_C2AM
     python -m recipes run rca --preset paper --data voc:PATH --saliency FOLDER
-    python -m recipes run rca --data folder:PHOTOS --labels tags.csv --saliency none
+    python -m recipes run rca --preset small --data folder:PHOTOS --labels tags.csv --saliency none
 
 This is supervision by image tags *and* saliency maps: compare it with systems that use both. The maps come from
 ``--saliency``, or from the data set; with ``none`` the masks are the attention maps above ``--threshold``.

@@ -1,6 +1,6 @@
 """Photographs of every kind, with their masks in every case: those of the whole pipeline, and those that are refused.
 
-What a data set does with each of them is in tests/recipes/test_data.py: orientations, modes, files cut short, wrong
+What a data set does with each of them is in tests/recipes/data/: orientations, modes, files cut short, wrong
 tags, names that occur twice.
 """
 
