@@ -18,7 +18,7 @@ list that is written, strike out those that do show a class, and train with the 
 classifier).
 
     python -m recipes run wood --preset small --data voc:PATH --rank FOLDER --out runs/candidates
-    python -m recipes run wood --preset small --data voc:PATH --outside FOLDER --outside-list runs/candidates/outside.txt
+    python -m recipes run wood --preset small --data voc:PATH --outside DIR --outside-list runs/candidates/outside.txt
 
 The maps are plain CAMs, in ``paper`` with the thresholds of AdvCAM's, which are the paper's best. The released code
 keeps the checkpoint whose CAMs agree best with the pixel labels of the training images; here the last one counts, but
