@@ -333,6 +333,7 @@ def predict(
     photos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTO...")],
     out: Path | None = None,
     crf: bool | None = None,
+    long_side: int | None = 1000,
     device: str = "cpu",
 ) -> None:
     """Segment photographs with the network that a run has trained; write masks and overlays.
@@ -342,6 +343,8 @@ def predict(
         photos: photographs, or folders of them.
         out: folder for NAME.png and NAME_overlay.jpg; predictions/ in the run's by default.
         crf: refine by a dense CRF; as the run tested its network by default.
+        long_side: photographs with a longer side are seen at this one, their masks are of their own size; None: as they
+            are, in memory that grows with their pixels.
         device: cpu, cuda or another of torch's.
     """
     import torch
@@ -360,7 +363,9 @@ def predict(
     found = find_photos(photos)
     trained = from_pretrained(run / "model" if (run / "model").is_dir() else run)
     folder, console, unread = out or run / "predictions", _console(), []
-    for done in predictions(trained, found, folder, crf=crf, device=device, complain=unread.append):
+    for done in predictions(
+        trained, found, folder, crf=crf, long_side=long_side, device=device, complain=unread.append
+    ):
         told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in done.shares.items()) or "background only"
         console.print(f"{escape(str(done.photo))}: {escape(told)}", soft_wrap=True, highlight=False)
     if len(unread) < len(found):

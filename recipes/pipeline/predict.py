@@ -8,14 +8,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
 
 from recipes.pipeline.data.image_set import PHOTO_SUFFIXES, first_five, read_photo
 from recipes.pipeline.files import replacing, save_mask
 from recipes.pipeline.pictures import class_colours, mask_overlay
 from recipes.pipeline.pretrained import Pretrained
-from recipes.pipeline.views import image_tensor
+from recipes.pipeline.views import image_tensor, scaled_size
 from wsss_modules import dense_crf, unary_from_scores
+
+LONG_SIDE = 1000  # twice that of VOC's photographs
 
 
 class Prediction(NamedTuple):
@@ -58,6 +64,7 @@ def predict(
     out: Path,
     *,
     crf: bool | None = None,
+    long_side: int | None = LONG_SIDE,
     device: str | torch.device = "cpu",
     complain: Callable[[str], None],
 ) -> Iterator[Prediction]:
@@ -68,12 +75,17 @@ def predict(
         photos: by name, see :func:`find_photos`.
         out: folder that is written to; never over one of the photographs.
         crf: refine by a dense CRF; as the network was tested by default.
+        long_side: photographs with a longer side are seen at this one, their masks are of their own size; None: all are
+            seen as they are.
         device: where the network runs.
         complain: told of each photograph that can't be read; it is left out.
 
     Raises:
-        ValueError: a mask or an overlay would take the place of a photograph; nothing has been written by then.
+        ValueError: a ``long_side`` below 1, or a mask or an overlay that would take the place of a photograph; nothing
+            has been written by then.
     """
+    if long_side is not None and long_side < 1:
+        raise ValueError(f"long_side: expected at least 1 pixel, got {long_side}")
     _check_apart(photos, out)
     network = trained.network.to(device, memory_format=torch.channels_last)
     refine = trained.config.crf if crf is None else crf
@@ -84,18 +96,38 @@ def predict(
         except ValueError as error:
             complain(str(error))
             continue
-        image = image_tensor(picture).to(device)
+        image = _at_most(image_tensor(picture).to(device), long_side)
         with torch.no_grad():
             scores = network.probabilities(image, trained.config.test_scales)
             if refine:
                 scores = dense_crf(image[None], unary_from_scores(scores[None]), network.crf_settings)[0]
-        mask = scores.argmax(0).byte().cpu().numpy()
+            mask = _best_at(scores, (picture.height, picture.width)).cpu().numpy()
         files = _targets(out, name)
         save_mask(files[0], mask, trained.palette_index)
         with replacing(files[1]) as file:
             Image.fromarray(mask_overlay(np.asarray(picture), mask, colours)).save(file, format="JPEG", quality=90)
         share = np.bincount(mask.ravel(), minlength=1 + len(trained.classes)) / mask.size
         yield Prediction(photo, *files, {c: s for c, s in zip(trained.classes, share[1:], strict=True) if s > 0})
+
+
+def _at_most(image: Tensor, long_side: int | None) -> Tensor:
+    """The image (3, H, W) uint8, made smaller if it has a longer side."""
+    size = tuple(image.shape[-2:])
+    if long_side is None or max(size) <= long_side:
+        return image
+    return TF.resize(image, list(scaled_size(*size, long_side / max(size))), InterpolationMode.BICUBIC)
+
+
+def _best_at(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Index (H, W) uint8 of the largest of the scores (C, h, w) at another size, enlarged one by one."""
+    if tuple(scores.shape[-2:]) == size:
+        return scores.argmax(0).byte()
+    best, index = scores.new_full(size, -torch.inf), torch.zeros(size, dtype=torch.uint8, device=scores.device)
+    for k, one in enumerate(scores):
+        enlarged = F.interpolate(one[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+        index[enlarged > best] = k
+        best = torch.maximum(best, enlarged)
+    return index
 
 
 def _targets(out: Path, name: str) -> tuple[Path, Path]:

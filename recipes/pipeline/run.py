@@ -377,7 +377,7 @@ def defaults(config: Any) -> dict[str, Any]:
         elif entry.default is not dataclasses.MISSING:
             found[entry.name] = entry.default
         if dataclasses.is_dataclass(value):
-            whole = settings(found[entry.name]) if dataclasses.is_dataclass(found.get(entry.name)) else {}
+            whole = settings(found[entry.name]) if type(found.get(entry.name)) is type(value) else {}
             found[entry.name] = _completed(defaults(value), whole)
     return json.loads(json.dumps(found, default=str))
 

@@ -111,7 +111,7 @@ def test_a_broken_photograph_is_found_before_anything_is_written(
 
 @pytest.mark.slow
 def test_a_photograph_of_20_megapixels_is_segmented_whole(tmp_path: Path) -> None:
-    config = SegmentConfig(weights="random", test_scales=(0.1,))
+    config = SegmentConfig(weights="random")
     torch.manual_seed(0)
     save_pretrained(tmp_path / "model", Segmenter(config, 3), config, ("cat", "dog"), (0, 8, 12), recipe="cam")
     Image.new("RGB", (5000, 4000), (90, 120, 60)).save(tmp_path / "large.jpg")
@@ -119,4 +119,4 @@ def test_a_photograph_of_20_megapixels_is_segmented_whole(tmp_path: Path) -> Non
         assert main(["predict", str(tmp_path / "model"), str(tmp_path / "large.jpg"), "--out", str(tmp_path)]) == 0
     with Image.open(tmp_path / "large.png") as mask:
         assert mask.size == (5000, 4000)
-    assert growth.mb < 4000  # scores of three classes and two views, and their softmax, take 240 MB each
+    assert growth.mb < 2500  # 1,840 measured, by the network over three sizes of 1000 pixels

@@ -12,6 +12,7 @@ from PIL import Image
 
 from recipes.cli import main
 from recipes.pipeline.attention import AttendingTrunk
+from recipes.pipeline.predict import _best_at
 from recipes.pipeline.pretrained import from_pretrained, save_pretrained
 from recipes.pipeline.segmenter import (
     CosineSegmenter,
@@ -125,6 +126,34 @@ def test_a_turned_photograph_is_segmented_upright(run: Path, tmp_path: Path) -> 
     assert size_of(run / "predictions" / "turned.png") == (30, 40)
 
 
+def test_large_photographs_are_seen_smaller_and_small_ones_as_they_are(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    probabilities = Segmenter.probabilities
+
+    def watched(self: Segmenter, image: torch.Tensor, scales: tuple[float, ...]) -> torch.Tensor:
+        seen.append(tuple(image.shape))
+        return probabilities(self, image, scales)
+
+    monkeypatch.setattr(Segmenter, "probabilities", watched)
+    Image.new("RGB", (120, 60), (90, 120, 60)).save(tmp_path / "a.jpg")
+    for side, size in ((40, (3, 20, 40)), (120, (3, 60, 120)), (None, (3, 60, 120))):
+        main(["predict", str(run), str(tmp_path / "a.jpg"), "--out", str(tmp_path), "--long-side", str(side)])
+        assert seen.pop() == size
+        with Image.open(tmp_path / "a.png") as mask:
+            assert mask.size == (120, 60)
+
+
+def test_scores_are_enlarged_one_by_one_to_the_same_mask() -> None:
+    scores = torch.rand(4, 7, 5, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.interpolate(scores[None], (31, 23), mode="bilinear", align_corners=False)[0].argmax(
+        0
+    )
+    assert torch.equal(_best_at(scores, (31, 23)).long(), expected)
+    assert torch.equal(_best_at(scores, (7, 5)).long(), scores.argmax(0))
+
+
 def test_a_damaged_photograph_is_told_and_the_others_are_done(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +199,7 @@ def test_wrong_input_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "would both be a.png; predict them apart" in fails([str(run), str(tmp_path)], capsys)
     assert f"photos: there is no {tmp_path / 'b.jpg'}" in fails([str(run), str(tmp_path / "b.jpg")], capsys)
     assert "photos: expected at least one photograph" in fails([str(run)], capsys)
+    assert "long_side: expected at least 1 pixel, got 0" in fails([str(run), photo, "--long-side", "0"], capsys)
     for device in ("nonsense", "meta:x", *(() if torch.cuda.is_available() else ("cuda",))):
         assert f"device: expected cpu, or cuda where there is one, got '{device}'" in fails(
             [str(run), photo, "--device", device], capsys
