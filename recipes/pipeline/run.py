@@ -364,21 +364,26 @@ def settings(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(plain, default=str))
 
 
-def defaults(config: Any) -> dict[str, Any]:
+def defaults(config: Any, whole: Any = None) -> dict[str, Any]:
     """As :func:`settings`, but what each is where nothing is said.
 
-    A run that was begun before there was a setting had its default: a new one leaves things as they were.
+    A run that was begun before there was a setting had its default: a new one leaves things as they were. What has no
+    default of its own, such as the epochs of a schedule, is that of ``whole``, from which the parts of a configuration
+    start.
     """
     found: dict[str, Any] = {}
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
         if entry.default_factory is not dataclasses.MISSING:
-            found[entry.name] = entry.default_factory()
+            default = entry.default_factory()
         elif entry.default is not dataclasses.MISSING:
-            found[entry.name] = entry.default
+            default = entry.default
+        else:
+            default = getattr(whole, entry.name, dataclasses.MISSING)
         if dataclasses.is_dataclass(value):
-            whole = settings(found[entry.name]) if type(found.get(entry.name)) is type(value) else {}
-            found[entry.name] = _completed(defaults(value), whole)
+            found[entry.name] = defaults(value, default if type(default) is type(value) else None)
+        elif default is not dataclasses.MISSING:
+            found[entry.name] = default
     return json.loads(json.dumps(found, default=str))
 
 

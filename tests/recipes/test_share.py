@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from recipes import cam
+from recipes import bbam, cam
 from recipes.pipeline.cams import CamConfig
 from recipes.pipeline.classification import ClassifyConfig
 from recipes.pipeline.run import Run, start
@@ -145,6 +145,13 @@ def test_another_share_is_the_same_run(plain: Path, tmp_path: Path) -> None:
     begin(tmp_path / "run", plain)
     run = start("other", replace(TINY, out=tmp_path / "run"))
     assert run.metrics["taken"] == ["classify", "cams"]
+
+
+def test_a_schedule_of_another_kind_than_the_default_is_gone_on_with(tmp_path: Path) -> None:
+    config = replace(bbam.PRESETS["small"], data="demo:tiny", boxes="annotations", accelerator="cpu", out=tmp_path)
+    assert type(config.detect.schedule) is not type(bbam.Config().detect.schedule)
+    for _ in range(2):
+        start("bbam", config, takes=())
 
 
 def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
