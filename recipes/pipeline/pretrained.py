@@ -86,7 +86,7 @@ def from_pretrained(folder: Path) -> Pretrained:
         )
     try:
         told = json.loads((folder / CONFIG).read_text())
-        if told["format"] != FORMAT:
+        if told.get("format", FORMAT) != FORMAT:
             raise KeyError(f"format {told['format']}, this version reads {FORMAT}")
         classes, palette = tuple(told["classes"]), tuple(told["palette_index"])
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in told["network"].items()}

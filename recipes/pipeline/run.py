@@ -413,10 +413,10 @@ def _other_images(found: Mapping[str, Any], wanted: Mapping[str, int]) -> list[s
 def _open_folder(folder: Path, recipe: str, config: RunConfig, learnt_from: Mapping[str, int]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     wanted, kept = {"recipe": recipe, **settings(config)}, folder / "metrics.json"
+    begun = read_settings(folder, ANEW) if (folder / "config.yaml").exists() else None
     metrics = read_metrics(folder, ANEW) if kept.exists() else None
-    if (folder / "config.yaml").exists():
-        differing = differing_settings(read_settings(folder, ANEW), wanted, defaults(config))
-        differing += _other_images(metrics or {}, learnt_from)
+    if begun is not None:
+        differing = differing_settings(begun, wanted, defaults(config)) + _other_images(metrics or {}, learnt_from)
         if differing:
             told = "; ".join(differing)
             raise ValueError(f"out: {folder} holds a run with other settings ({told}); give another --out or remove it")
