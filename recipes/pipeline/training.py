@@ -410,8 +410,10 @@ def _batches(run: Run, stage: str, dataset: Dataset, batch_size: int, steps: ran
 def _told_of_dead_loaders(loader: DataLoader, stage: str) -> Iterator[dict[str, Tensor]]:
     try:
         yield from loader
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):  # what a data set raises comes back as its own error
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        said = str(error)  # what a data set raises comes back as its own error, "Caught ... in DataLoader worker"
+        in_transfer = not isinstance(error, RuntimeError) and not said.startswith("Caught")
+        if not in_transfer and not said.startswith("DataLoader worker"):
             raise
         raise ChildProcessError(
             f"{stage}: a loader process died ({error}); is there memory left? "

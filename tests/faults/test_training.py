@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 from recipes.cli import _told_plainly
 from recipes.pipeline.classification import ClassifyConfig, train_classifier
 from recipes.pipeline.run import Run, RunConfig
-from recipes.pipeline.training import Moment, Schedule, fit, two_speed_groups
+from recipes.pipeline.training import Moment, Schedule, _told_of_dead_loaders, fit, two_speed_groups
 from tests.heap import bytes_in_use
 from tests.recipes.synthetic import make_dataset
 from tests.recipes.test_training import SCHEDULE, NoisyPoints, make_run, same, small_model, squared_error, train
@@ -74,7 +75,7 @@ def test_a_dead_loader_is_told_and_the_run_goes_on_without(tmp_path: Path, capsy
         fit_deadly(make_run(tmp_path / "a", workers=1))
     assert stop.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "points: a loader process died (DataLoader worker (pid" in said
+    assert re.search(r"points: a loader process died \((DataLoader worker \(pid|.*Connection reset)", said)
     assert "--workers 0" in said
     assert not (tmp_path / "a" / "checkpoints" / "points.pt").exists()
     assert same(fit_deadly(make_run(tmp_path / "a", workers=0)), fit_deadly(make_run(tmp_path / "b", workers=0)))
@@ -83,6 +84,29 @@ def test_a_dead_loader_is_told_and_the_run_goes_on_without(tmp_path: Path, capsy
 def test_a_bug_in_a_data_set_is_not_told_as_a_dead_loader(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="a bug in the data set"):
         fit_deadly(make_run(tmp_path / "a", workers=1), Wrong)
+
+
+class Unreachable(Deadly):
+    """Points on a disk that is far away."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        raise ConnectionResetError("the disk is far away")
+
+
+@pytest.mark.parametrize("said", ["", "[Errno 104] Connection reset by peer"])
+def test_a_loader_that_dies_while_it_hands_over_is_told_as_dead(said: str) -> None:
+    class Dying:
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            yield {}
+            raise ConnectionResetError(said) if said else EOFError
+
+    with pytest.raises(ChildProcessError, match="points: a loader process died"):
+        list(_told_of_dead_loaders(Dying(), "points"))
+
+
+def test_a_disk_that_is_far_away_is_not_told_as_a_dead_loader(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionResetError, match="the disk is far away"):
+        fit_deadly(make_run(tmp_path / "a", workers=1), Unreachable)
 
 
 def test_a_training_step_keeps_no_memory(tmp_path: Path) -> None:
