@@ -343,8 +343,8 @@ def predict(
         photos: photographs, or folders of them.
         out: folder for NAME.png and NAME_overlay.jpg; predictions/ in the run's by default.
         crf: refine by a dense CRF; as the run tested its network by default.
-        long_side: photographs with a longer side are seen at this one, their masks are of their own size; None: as they
-            are, in memory that grows with their pixels.
+        long_side: photographs with a longer side are seen at this one, twice VOC's, and their masks are of their
+            own size; None: as they are, in memory that grows with their pixels.
         device: cpu, cuda or another of torch's.
     """
     import torch

@@ -21,8 +21,6 @@ from recipes.pipeline.pretrained import Pretrained
 from recipes.pipeline.views import image_tensor, scaled_size
 from wsss_modules import dense_crf, unary_from_scores
 
-LONG_SIDE = 1000  # twice that of VOC's photographs
-
 
 class Prediction(NamedTuple):
     """What was written for a photograph, and the share of its pixels that each class found in it covers."""
@@ -64,7 +62,7 @@ def predict(
     out: Path,
     *,
     crf: bool | None = None,
-    long_side: int | None = LONG_SIDE,
+    long_side: int | None = None,
     device: str | torch.device = "cpu",
     complain: Callable[[str], None],
 ) -> Iterator[Prediction]:

@@ -327,11 +327,12 @@ def start(recipe: str, config: RunConfig, takes: Sequence[str] = ("classify", "c
     if fabric.device.type == "cpu":
         _keep_freed_memory()
     folder = config.out or Path("runs") / f"{recipe}-{config.preset}-s{config.seed}"
+    learnt_from = _learnt_from(dataset)
     if fabric.global_rank == 0:
-        _open_folder(folder, recipe, config, _learnt_from(dataset))
+        _open_folder(folder, recipe, config, learnt_from)
     fabric.barrier()
     run = Run(recipe, config, fabric, dataset, folder)
-    run.record(plain=list(takes), learnt_from=_learnt_from(dataset))
+    run.record(plain=list(takes), learnt_from=learnt_from)
     if fabric.global_rank == 0:
         if config.reuse is not None:
             _take_over(run, config.reuse, takes)
@@ -539,17 +540,9 @@ def _differing(run: Run, source: Path, takes: Sequence[str]) -> list[str]:
     found = read_settings(source)
     metrics = read_metrics(source) if (source / "metrics.json").exists() else {}
     told = differing_settings(found, settings(run.config), defaults(run.config), (*ORIGIN, *takes))
-    plain = metrics.get("plain", _plain_before(found, metrics))
+    plain = metrics.get("plain", takes if found.get("recipe") == "cam" else ())  # earlier runs don't tell
     told += [f"{stage}: {found.get('recipe')} makes its own" for stage in takes if stage not in plain]
     return told + _other_images(metrics, _learnt_from(run.dataset))
-
-
-def _plain_before(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
-    """The stages of a run that are those of the plain CAM, of one that began before runs recorded them."""
-    plain = ["classify"] if "classify" in config else []
-    if config.get("recipe") in ("cam", "rw", "irn", "c2am", "reviewkd") or "cams" in metrics.get("taken", ()):
-        plain.append("cams")
-    return plain
 
 
 def _processor_seconds() -> float:

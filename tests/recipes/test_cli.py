@@ -216,6 +216,17 @@ def test_run_keeps_the_script_and_says_when_it_has_changed(toy, capsys):
     assert kept.read_bytes() == Path(toy.__file__).read_bytes()
 
 
+def test_a_schedule_of_another_kind_has_the_flags_of_the_preset(monkeypatch):
+    from recipes import bbam
+
+    found = []
+    monkeypatch.setattr(bbam, "main", found.append)
+    main(["run", "bbam", "--preset", "small", "--detect.schedule.warmup", "0.2"])
+    main(["run", "bbam", "--detect.schedule.momentum", "0.8"])
+    assert [type(config.detect.schedule).__name__ for config in found] == ["AdamSchedule", "Schedule"]
+    assert (found[0].detect.schedule.warmup, found[1].detect.schedule.momentum) == (0.2, 0.8)
+
+
 def test_a_refused_run_leaves_the_script_of_the_other(toy, capsys, monkeypatch):
     main(["run", "toy"])
     kept = Path("runs/toy-demo-s0/recipe.py")
