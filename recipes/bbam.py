@@ -94,12 +94,15 @@ def explain_image(
         masks.append(init_attribution_mask(decoded[own][index, label], size, stride))  # zeros without a positive
         chosen.append(drawn[k][index])
     explain = explainer(detector.detections, config)
-    found: list[Tensor] = []
-    for first in range(0, len(boxes), config.at_once):
-        part = slice(first, first + config.at_once)
-        numbered = [F.pad(own, (1, 0), value=float(k)) for k, own in enumerate(chosen[part])]
-        found += explain(image[0], torch.cat(numbered), classes[part], masks[part])
-    return [mask[0] for mask in found]
+    # an object without a positive starts from zeros, which it can only stay at
+    told = [k for k, own in enumerate(chosen) if len(own)]
+    for first in range(0, len(told), config.at_once):
+        part = told[first : first + config.at_once]
+        numbered = [F.pad(chosen[k], (1, 0), value=float(place)) for place, k in enumerate(part)]
+        found = explain(image[0], torch.cat(numbered), classes[part], [masks[k] for k in part])
+        for k, mask in zip(part, found, strict=True):
+            masks[k] = mask
+    return [mask[0] for mask in masks]
 
 
 def write_maps(run: Run, detector: Detector, boxes: Boxes, config: ExplainConfig) -> None:

@@ -91,6 +91,35 @@ def test_objects_become_maps_and_masks(run: Run, detector: Detector) -> None:
     assert not item["strict"][len(corners) :].any()
 
 
+class SaysFirstClass:
+    """A detector that sees the first of two classes in every proposal, the better the brighter the image is there."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def detections(self, images: torch.Tensor, proposals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen.append(len(images))
+        light = 3 * images.mean((1, 2, 3))[proposals[:, 0].long()]
+        return torch.stack([-light, light, -light], 1), torch.zeros(len(proposals), 12)
+
+    def decode(self, deltas: torch.Tensor, proposals: torch.Tensor) -> torch.Tensor:
+        return proposals[:, None, 1:].expand(-1, 3, 4)
+
+
+def test_an_object_that_no_proposal_finds_has_an_empty_map_and_costs_no_pass() -> None:
+    image, config = torch.ones(1, 3, 48, 48), replace(TINY.explain, proposals=200, at_once=2)
+    boxes = torch.tensor([[4, 4, 30, 30], [10, 10, 40, 40], [8, 2, 36, 44]]).float()
+    both, alone = SaysFirstClass(), SaysFirstClass()
+    missed, first, second = bbam.explain_image(both, image, boxes, torch.tensor([2, 1, 1]), config, seed=3)
+    assert not missed.any()
+    assert max(both.seen) == 2
+    assert both.seen[1:] == [1] + [2] * config.steps, "the two that are found, together"
+    expected = bbam.explain_image(alone, image, boxes, torch.tensor([1, 1, 1]), config, seed=3)
+    torch.testing.assert_close((first, second), tuple(expected[1:]))
+    assert first.any()
+    assert second.any()
+
+
 def instances(*masks: list[list[int]], classes: list[int], scores: list[float]) -> Found:
     return Found(np.array(masks, dtype=bool).reshape(-1, 1, 8), np.array(classes), np.array(scores))
 
