@@ -113,25 +113,24 @@ def localise(model: AFANet, views: Sequence[Tensor], size: tuple[int, int], walk
     """CAMs merged over ``views``, each (2 B, 3, h, w): images and their mirror images; affinity of view ``walked``."""
     maps, affinities = zip(*(model.localise(x) for x in views), strict=True)
     affinity = affinities[walked][: len(views[0]) // 2]
-    return Localised(merge_multiscale_cams(maps, size), affinity, tuple(maps[walked].shape[-2:]))
+    return Localised(merge_multiscale_cams(maps, size).float(), affinity.float(), tuple(maps[walked].shape[-2:]))
 
 
 @torch.no_grad()
-def pseudo_labels(model: AFANet, batch: dict[str, Tensor], config: AFAConfig, walk: bool) -> tuple[Tensor, Tensor]:
+def pseudo_labels(
+    run: Run, model: AFANet, batch: dict[str, Tensor], config: AFAConfig, walk: bool
+) -> tuple[Tensor, Tensor]:
     """What a step learns from: PAR's labels of the CAMs, and those for the decoder, which have walked if ``walk``."""
-    images, labels, regions = batch["image"], batch["labels"], batch["region"]
-    size = tuple(images.shape[-2:])
-    scaled = [
-        F.interpolate(images, scaled_size(*size, s), mode="bilinear", align_corners=False) if s != 1 else images
-        for s in config.cam_scales
-    ]
-    was_training = model.training
+    images, labels, size = batch["image"], batch["labels"], tuple(batch["image"].shape[-2:])
+    sizes = [scaled_size(*size, s) for s in config.cam_scales]
+    scaled = [F.interpolate(images, side, mode="bilinear", align_corners=False) for side in sizes]
     model.eval()  # the released code lets drop path run here
     largest = config.cam_scales.index(max(config.cam_scales))
-    found = localise(model, [torch.cat([x, x.flip(-1)]) for x in scaled], size, largest)
-    model.train(was_training)
+    with run.fabric.autocast():
+        found = localise(model, [torch.cat([x, x.flip(-1)]) for x in scaled], size, largest)
+    model.train()
     pixels, refine = denormalize_images(images, model.mean, model.std), par(config)
-    options = {"regions": regions}
+    options = {"regions": batch["region"]}
     plain = refine_cam_with_background(pixels, found.cam, labels, refine, low=config.low, high=config.high, **options)
     if not walk:
         return plain, plain
@@ -169,7 +168,7 @@ def train(run: Run, model: AFANet, config: AFAConfig) -> None:
             if several:  # every process must see a gradient, also of what is not learnt yet
                 terms = terms._replace(total=terms.total + 0 * (out.seg_logits.sum() + out.affinity.sum()))
             return terms
-        plain, mask = pseudo_labels(model, batch, config, walk=progress >= config.walk_after)
+        plain, mask = pseudo_labels(run, model, batch, config, walk=progress >= config.walk_after)
         target = labels_to_affinity(plain, radius=config.radius, size=out.grid)
         weights = {"seg_weight": config.seg_weight, "affinity_weight": config.affinity_weight}
         return afa_loss(*out[:3], batch["labels"], mask, target, **weights, sync=several)

@@ -117,9 +117,13 @@ def train_clims(
     else:
         texts = bank.class_features, bank.related_features, bank.related, bank.class_weight
 
+    def encode(images: Tensor) -> Tensor:
+        with run.fabric.autocast():
+            return critic.image_tower(images)
+
     def loss_of(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> CLIMSTerms:
         images = batch["image"]
-        return loss(model(images).activation, images, batch["labels"], critic.image_tower, *texts)
+        return loss(model(images).activation, images, batch["labels"], encode, *texts)
 
     groups = two_speed_groups(net, [net.head], config.schedule)
     crops = tagged_crops(run, classify, trunk, resizes=2 if config.double_resize else 1)

@@ -178,7 +178,9 @@ def train_student(run: Run, student: Segmenter, teacher: Segmenter | None, confi
     guide = Teacher(teacher, student, list(pairs.values())).to(run.fabric.device)
 
     def distilled(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Terms:
-        wanted = teacher_features(guide, batch["image"])
+        with run.fabric.autocast():
+            seen = teacher_features(guide, batch["image"])
+        wanted = [x.float() for x in seen]
         logits, maps = model(batch["image"], [x.shape[-2:] for x in wanted])
         task = pixel_loss(logits, batch["mask"])
         warmup = config.warmup * at.steps

@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from recipes.pipeline.files import replacing
 
 IGNORE = 255
+STRIPE = 3  # pixels, of the hatching
+BAND = 40 * STRIPE  # rows; the hatching goes on from one to the next
 
 # Bright, well apart for most kinds of colour blindness, legible over a grey photograph. Further classes get a hue each.
 _COLOURS = ("ff9f1c", "2ec4ff", "ff5d8f", "7bd389", "c77dff", "f9f871", "ff6b35", "3ddbc1", "9aa5ff", "c0ca33")
@@ -64,11 +66,15 @@ def cam_overlay(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
 
 def mask_overlay(image: np.ndarray, mask: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """The photograph in grey under the classes of ``mask``, outlined in white; 255 is hatched."""
-    shown = _grey(image, 0.35)
-    foreground = (mask > 0) & (mask != IGNORE)
-    shown[foreground] = 0.3 * shown[foreground] + 0.7 * colours[mask[foreground]]
-    shown[_outline(mask)] = 255
-    return _bytes(_hatch(shown, mask == IGNORE))
+    painted, edge = np.empty(image.shape, np.uint8), _outline(mask)
+    for top in range(0, len(mask), BAND):  # floating point is eight times a large photograph
+        rows = slice(top, top + BAND)
+        shown, label = _grey(image[rows], 0.35), mask[rows]
+        foreground = (label > 0) & (label != IGNORE)
+        shown[foreground] = 0.3 * shown[foreground] + 0.7 * colours[label[foreground]]
+        shown[edge[rows]] = 255
+        painted[rows] = _bytes(_hatch(shown, label == IGNORE))
+    return painted
 
 
 def error_map(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -207,7 +213,7 @@ def _outline(mask: np.ndarray) -> np.ndarray:
 
 def _hatch(shown: np.ndarray, where: np.ndarray) -> np.ndarray:
     rows, columns = np.indices(where.shape)
-    stripe = (rows + columns) % 6 < 3
+    stripe = (rows + columns) % (2 * STRIPE) < STRIPE
     shown[where & stripe] = 0.35 * shown[where & stripe] + 0.65 * 235
     shown[where & ~stripe] = 0.35 * shown[where & ~stripe] + 0.65 * 150
     return shown

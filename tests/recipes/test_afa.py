@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 
 from recipes import afa
 from recipes.pipeline.attention import AttendingTrunk
@@ -43,8 +44,9 @@ def test_labels_of_a_step_keep_out_of_the_padding_and_the_mode() -> None:
         "labels": torch.tensor([[1.0, 0, 1], [0, 1, 0]]),
         "region": torch.tensor([[0, 0, 64, 64], [8, 0, 64, 48]]),
     }
+    run = SimpleNamespace(fabric=Fabric(accelerator="cpu", devices=1))
     for walk in (False, True):
-        plain, mask = afa.pseudo_labels(model, batch, config, walk)
+        plain, mask = afa.pseudo_labels(run, model, batch, config, walk)
         assert model.training
         assert set(plain[0].unique().tolist()) <= {0, 1, 3, 255}
         for label in (plain, mask):
@@ -86,7 +88,7 @@ def test_when_a_step_learns_from_which_labels(tmp_path: Path, monkeypatch: pytes
     learnt, walked = [], []
     monkeypatch.setattr(afa, "fit", lambda *arguments: learnt.append(arguments[4]))
 
-    def labels_of(model, batch, config, walk):
+    def labels_of(run, model, batch, config, walk):
         walked.append(walk)
         label = torch.zeros(2, 72, 72, dtype=torch.int64)
         label[:, :, 36:] = 1
@@ -107,9 +109,10 @@ def test_masks_walk_at_size_1_and_labels_of_a_step_at_the_largest(monkeypatch: p
     localise = afa.localise
     monkeypatch.setattr(afa, "localise", lambda *args: grids.append(localise(*args).grid) or localise(*args))
     batch = {"image": torch.randn(1, 3, 64, 64), "labels": torch.ones(1, 3), "region": torch.tensor([[0, 0, 64, 64]])}
-    afa.pseudo_labels(model, batch, config, walk=True)
     photo = torch.zeros(3, 64, 96, dtype=torch.uint8)
-    run = SimpleNamespace(image=lambda name: photo, fabric=SimpleNamespace(device="cpu"))
+    run = SimpleNamespace(image=lambda name: photo, fabric=Fabric(accelerator="cpu", devices=1))
+    afa.pseudo_labels(run, model, batch, config, walk=True)
+    model.eval()
     with torch.no_grad():
         afa.found_in(run, model, "photo", (0.5, 1.5, 1.0))
     assert grids == [(6, 6), (4, 6)]

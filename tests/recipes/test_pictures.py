@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from recipes.pipeline import pictures
 from recipes.pipeline.pictures import (
     CONFUSED,
     FALSE_FOREGROUND,
@@ -54,6 +55,15 @@ def test_mask_overlay_leaves_the_background_and_tints_the_class():
     assert (shown[:, :3] == 100).all()
     assert (shown[:, 3] == 255).all()  # the outline
     np.testing.assert_allclose(shown[:, 5:], np.broadcast_to(0.3 * 100 + 0.7 * colours[2], (8, 3, 3)), atol=1)
+
+
+def test_bands_of_an_overlay_do_not_show(monkeypatch):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (2 * pictures.BAND + 7, 20, 3), dtype=np.uint8)
+    mask = rng.choice(np.array([0, 1, 2, 255], np.uint8), image.shape[:2])
+    shown = mask_overlay(image, mask, class_colours(2))
+    monkeypatch.setattr(pictures, "BAND", len(image))
+    np.testing.assert_array_equal(shown, mask_overlay(image, mask, class_colours(2)))
 
 
 def test_cam_overlay_grows_brighter_with_the_strongest_class():
