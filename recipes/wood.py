@@ -144,7 +144,7 @@ def fine_tune(
     choose: Choose | None = None,
 ) -> None:
     """Tags, distances to the centres, and climbed images from outside as negatives of every class."""
-    net.trunk.requires_grad_(True)
+    net.trunk.thaw()
     freeze_stages(net.trunk.body, config.frozen_stages)
     several = run.fabric.world_size > 1
     loss = objective(config, run.dataset.classes, several)
@@ -155,7 +155,7 @@ def fine_tune(
             fit_centres(run, net.trunk, net.bank, outside, config, f"features-{at.epoch}")
             model.train()
         climbed = batch["outside"][:0]
-        if config.ood_weight:
+        if config.ood_weight:  # in single precision: its gradients, which nothing scales, could vanish in half
             climbed = gradient_climb(lambda images: net(images).logits, batch["outside"], config.step, sync=several)
         labels, size = batch["labels"], len(batch["image"])
         logits, _, features = model(torch.cat([batch["image"], climbed]))

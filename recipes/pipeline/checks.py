@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from recipes.pipeline.attention import MIT
-from recipes.pipeline.models import check_name, check_weights, freeze_stages, make_body
+from recipes.pipeline.models import check_name, check_weights, freeze_stages, has_one_stride, make_body
 from recipes.pipeline.transformers import HYBRID, TokenConfig
 
 
@@ -84,6 +84,18 @@ def check_settings(config: Any) -> None:
                     freeze_stages(body, values.get("frozen_stages", 0))
                 except ValueError as error:
                     raise ValueError(f"{place}{error}") from error
+                if backbone == "backbone" and "output_stride" in values:
+                    _check_cells_of_maps(config, values["backbone"], values["output_stride"])
+
+
+def _check_cells_of_maps(config: Any, backbone: str, output_stride: int) -> None:
+    """The network of a classifier also has to be made for its maps, often with finer cells."""
+    wanted = getattr(getattr(config, "cams", None), "output_stride", output_stride)
+    if wanted != output_stride and not has_one_stride(backbone):
+        try:
+            _bare_body(backbone, wanted, "cams.output_stride")
+        except ValueError as error:
+            raise ValueError(f"{error}; {output_stride}, as in training, it can") from error
 
 
 def _body_of(part: Any, values: dict[str, Any], place: str) -> nn.Module | None:

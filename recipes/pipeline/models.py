@@ -77,6 +77,11 @@ class Trunk(nn.Module):
         found = self._probe().levels
         self._freeze_all_but([found[level] for level in levels])
 
+    def thaw(self) -> None:
+        """Train all of it again that its last map needs."""
+        self.requires_grad_(True)
+        self._freeze_all_but([self._probe().final])
+
     def _probe(self) -> Features:
         """What it makes of a small image, with the graph of it; modes and random numbers stay as they are."""
         modes = {module: module.training for module in self.body.modules()}
@@ -145,12 +150,15 @@ def make_body(name: str, output_stride: int, place: str = "backbone") -> nn.Modu
     """A backbone of timm, or :class:`wsss_modules.ResNet38`, with random weights and no classifier.
 
     Raises:
-        ValueError: there is none of that name or with such cells; ``place`` is the setting that names it.
+        ValueError: there is none of that name or with such cells, or it takes images of one size only; ``place`` is the
+            setting that names it.
     """
     if name in OWN_BODIES:
         return ResNet38(final_relu=name == "resnet38")
     check_name(name, place)
     base = name.removesuffix("-irn")
+    if timm.get_pretrained_cfg_value(base, "fixed_input_size"):
+        raise ValueError(f"{place}: expected a network for images of any size, as convolutional ones are, got {name!r}")
     if name == "vgg16":
         return _dilated_vgg16()
     if name == base:

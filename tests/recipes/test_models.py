@@ -95,6 +95,12 @@ def trained(name: str = LITE0) -> Classifier:
     return Classifier(build_trunk(name, "random"), 2)
 
 
+def thawed(name: str) -> Classifier:
+    trunk = build_trunk(name, "random").requires_grad_(False)
+    trunk.thaw()
+    return Classifier(trunk, 2)
+
+
 IMAGES, INSIDE, LABELS = torch.rand(2, 3, 64, 64), torch.ones(2, 1, 64, 64), torch.ones(2, 2)
 BOXES = torch.tensor([[[1.0, 4, 4, 40, 50], [2, 20, 8, 60, 60]]] * 2)
 MORE_INPUTS = {
@@ -110,6 +116,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "classifier": lambda: trained(),
     "classifier-convnext": lambda: trained("convnext_atto"),
     "classifier-mobilenetv3": lambda: trained("mobilenetv3_small_050"),
+    "thawed-mobilenetv3": lambda: thawed("mobilenetv3_small_050"),
     "affinity": lambda: affinity_net(LITE0),
     "affinity-irn": lambda: affinity_net("resnet18-irn"),
     "detector": lambda: detector(build_trunk(LITE0, "random")),
