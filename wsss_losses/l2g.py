@@ -53,7 +53,7 @@ def local_to_global_transfer_loss(
 
     Paper:
         Jiang, Yang, Hou and Wei, "L2G: A Simple Local-to-Global Knowledge Transfer Framework for Weakly Supervised
-        Semantic Segmentation", CVPR 2022.
+        Semantic Segmentation", CVPR 2022, arXiv:2204.03206.
 
     Notes:
         The mean counts the channels of absent classes, so that the weight is to grow with their number: about half of

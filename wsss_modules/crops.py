@@ -54,7 +54,7 @@ def random_boxes(
 
     Paper:
         Jiang, Yang, Hou and Wei, L2G: A Simple Local-to-Global Knowledge Transfer Framework for Weakly Supervised
-        Semantic Segmentation, CVPR 2022.
+        Semantic Segmentation, CVPR 2022, arXiv:2204.03206.
 
     Differences:
         The released code takes the width for the height where it draws x, and the other way round: with images of

@@ -53,7 +53,8 @@ class PixelCorrelationCAMHead(nn.Module):
 
     Paper:
         Jiang, Yang, Hou and Wei, L2G: A Simple Local-to-Global Knowledge Transfer Framework for Weakly Supervised
-        Semantic Segmentation, CVPR 2022; the correlation from Wang et al., SEAM, CVPR 2020, arXiv:2004.04581.
+        Semantic Segmentation, CVPR 2022, arXiv:2204.03206; the correlation from Wang et al., SEAM, CVPR 2020,
+        arXiv:2004.04581.
 
     Differences:
         The released code has the background last, and propagates the features, D channels of them, before it classifies
