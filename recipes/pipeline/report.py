@@ -139,6 +139,10 @@ def finish(run: Run) -> dict[str, Any]:
         write_report(run.folder, run.dataset)
         run.record(finished=True)
         print_summary(run.metrics, run.folder, run.console)
+        until = run.config.until
+        if until is not None and until not in run.stages_begun:
+            told = f"--until {until}: these settings have no such stage, so the run went on to its end"
+            run.console.print(f"[yellow]{told}[/]", highlight=False)
     run.fabric.barrier()
     return run.metrics
 

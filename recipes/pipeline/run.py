@@ -18,6 +18,7 @@ import re
 import textwrap
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ import psutil
 import torch
 import yaml
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -141,7 +143,7 @@ class Run:
     def __init__(self, recipe: str, config: RunConfig, fabric: Fabric, dataset: ImageSet, folder: Path) -> None:
         self.recipe, self.config, self.fabric, self.dataset, self.folder = recipe, config, fabric, dataset, folder
         self.console = Console(quiet=fabric.global_rank > 0)
-        self.stages_begun = 0
+        self.stages_begun: list[str] = []
         self._stage: tuple[str, _Meter] | None = None
 
     # Which images a stage works on: all, or the first max_steps of them.
@@ -231,8 +233,8 @@ class Run:
         Raises:
             StoppedEarly: after the stage that ``--until`` names.
         """
-        self.stages_begun += 1
-        self.console.rule(f"[bold]{self.stages_begun}  {title}", align="left")
+        self.stages_begun.append(name)
+        self.console.rule(f"[bold]{len(self.stages_begun)}  {title}", align="left")
         torch.manual_seed(self.derived_seed(name))
         with _Meter(on_gpu=self.fabric.device.type == "cuda") as meter:
             self._stage = (name, meter)
@@ -303,8 +305,8 @@ def start(recipe: str, config: RunConfig, takes: Sequence[str] = ("classify", "c
         takes: stages that ``--reuse`` takes over: the classifier, and the CAMs where they are the plain classifier's.
 
     Raises:
-        ValueError: settings that can't be (see :func:`check_settings`), a run folder made with other ones, or bad
-            data (see :func:`load_dataset`).
+        ValueError: settings that can't be (see :func:`check_settings`), a run folder made with other ones or that
+            another process is writing, or bad data (see :func:`load_dataset`).
     """
     check_settings(config)
     if config.accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
@@ -323,15 +325,19 @@ def start(recipe: str, config: RunConfig, takes: Sequence[str] = ("classify", "c
     fabric = Fabric(
         accelerator=config.accelerator, devices=config.devices, num_nodes=config.nodes, precision=config.precision
     )
+    mixed = fabric.strategy.precision
+    if isinstance(mixed, MixedPrecision):
+        fabric.strategy.precision = _Autocast(mixed.precision, mixed.device, mixed.scaler)
     fabric.launch()
     if fabric.device.type == "cpu":
         _keep_freed_memory()
     folder = config.out or Path("runs") / f"{recipe}-{config.preset}-s{config.seed}"
     learnt_from = _learnt_from(dataset)
+    run = Run(recipe, config, fabric, dataset, folder)
     if fabric.global_rank == 0:
+        _keep_others_out(run)
         _open_folder(folder, recipe, config, learnt_from)
     fabric.barrier()
-    run = Run(recipe, config, fabric, dataset, folder)
     run.record(plain=list(takes), learnt_from=learnt_from)
     if fabric.global_rank == 0:
         if config.reuse is not None:
@@ -340,6 +346,16 @@ def start(recipe: str, config: RunConfig, takes: Sequence[str] = ("classify", "c
             _share(run, config.share, takes)
     fabric.barrier()
     return run
+
+
+class _Autocast(MixedPrecision):
+    """Mixed precision in which what goes into a network stays as it is: half a number is too little for a box.
+
+    Lightning would round its corners to whole pixels beyond 1,024 and with bfloat16 to 4 pixels beyond 512.
+    """
+
+    def convert_input(self, data: Any) -> Any:
+        return data
 
 
 def _keep_freed_memory() -> None:
@@ -409,6 +425,27 @@ def _other_images(found: Mapping[str, Any], wanted: Mapping[str, int]) -> list[s
     if there == wanted:
         return []
     return [f"training images and their tags: {there['images']:,} there, {wanted['images']:,} others now"]
+
+
+def _keep_others_out(run: Run) -> None:
+    """Let no other process write the run's folder while the run lives.
+
+    The processes that load images don't hold the lock with us: the run of a killed process can go on at once.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(run.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    weakref.finalize(run, os.close, lock)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        told = f"out: another process is writing {run.folder}; wait for it, or give another --out"
+        raise ValueError(told) from None
+    except OSError:  # a file system that has no locks
+        pass
 
 
 def _open_folder(folder: Path, recipe: str, config: RunConfig, learnt_from: Mapping[str, int]) -> None:

@@ -37,9 +37,9 @@ def command(*arguments: str | Path, before: Callable[[], None] | None = None) ->
         return Ended(process.exitcode, Path(log.name).read_text())
 
 
-def run(*arguments: str | Path) -> str:
+def run(*arguments: str | Path, before: Callable[[], None] | None = None) -> str:
     """A command that has to succeed; what it printed."""
-    ended = command(*arguments)
+    ended = command(*arguments, before=before)
     assert ended.status == 0, ended.output
     return ended.output
 

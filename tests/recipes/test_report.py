@@ -17,13 +17,14 @@ import tyro
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning_fabric import Fabric
 from rich.console import Console
 
 from recipes.pipeline import report
 from recipes.pipeline.evaluation import Measurement
 from recipes.pipeline.files import save_arrays, save_mask
 from recipes.pipeline.report import finish, repeat_command, write_report
-from recipes.pipeline.run import settings
+from recipes.pipeline.run import Run, RunConfig, StoppedEarly, settings
 from recipes.pipeline.tables import duration, percent
 from tests.recipes.synthetic import install_toy, make_dataset, make_run
 
@@ -340,19 +341,29 @@ def test_report_names_the_paper_and_the_command(toy, run, dataset):
     assert "python -m recipes run toy --preset tiny --data synthetic" in page.text
 
 
+def opened(folder: Path, dataset, until: str | None = None) -> Run:
+    """The finished run, as a recipe that goes on with it has it."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+    again = Run("toy", RunConfig(out=folder, until=until), fabric, dataset, folder)
+    again.console = Console(width=200, file=io.StringIO())
+    return again
+
+
+def test_a_stage_to_stop_after_that_never_came_is_told(run, dataset):
+    again, told = opened(run, dataset, until="instances"), "--until instances: these settings have no such stage"
+    finish(again)
+    assert told in again.console.file.getvalue()
+    again = opened(run, dataset, until="instances")
+    with pytest.raises(StoppedEarly), again.stage("instances", "Instances"):
+        pass
+    finish(again)
+    assert told not in again.console.file.getvalue()
+
+
 def test_finish_writes_the_report_and_prints_the_table(run, dataset):
-    written = json.loads((run / "metrics.json").read_text())
-    console = Console(width=200, file=io.StringIO())
-    fake = types.SimpleNamespace(
-        fabric=types.SimpleNamespace(global_rank=0, barrier=lambda: None),
-        folder=run,
-        dataset=dataset,
-        console=console,
-        metrics=written,
-        record=lambda **entries: written.update(entries),
-    )
-    assert finish(fake)["machine"]["torch"] == torch.__version__.split("+")[0]
-    told = console.file.getvalue()
+    again = opened(run, dataset)
+    assert finish(again)["machine"]["torch"] == torch.__version__.split("+")[0]
+    told = again.console.file.getvalue()
     assert "segmentation" in told
     assert f"report: {run / 'report.html'}" in told
     assert (run / "report.html").is_file()
