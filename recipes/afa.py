@@ -112,8 +112,8 @@ class Localised(NamedTuple):
 def localise(model: AFANet, views: Sequence[Tensor], size: tuple[int, int], walked: int) -> Localised:
     """CAMs merged over ``views``, each (2 B, 3, h, w): images and their mirror images; affinity of view ``walked``."""
     maps, affinities = zip(*(model.localise(x) for x in views), strict=True)
-    affinity = affinities[walked][: len(views[0]) // 2]
-    return Localised(merge_multiscale_cams(maps, size).float(), affinity.float(), tuple(maps[walked].shape[-2:]))
+    cam, affinity = merge_multiscale_cams([x.float() for x in maps], size), affinities[walked][: len(views[0]) // 2]
+    return Localised(cam, affinity.float(), tuple(maps[walked].shape[-2:]))
 
 
 @torch.no_grad()

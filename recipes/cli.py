@@ -487,8 +487,10 @@ def _keeping_source(script: Path, folder: Path) -> Iterator[None]:
         Console(stderr=True).print(f"[yellow]{escape(note)}Give another --out to start afresh.[/]", soft_wrap=True)
     try:
         yield
-    except ValueError:  # the folder may be that of another run
-        others = begun
+    except ValueError as error:  # the folder may be that of another run
+        from recipes.pipeline.files import FolderInUse
+
+        others = begun or isinstance(error, FolderInUse)
         raise
     finally:
         if settings.exists() and not others and _first_process():

@@ -88,7 +88,7 @@ class Teacher(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         levels = unactivated_levels(self.network, images * self.scale + self.shift)[1]
-        maps = [levels[stage] for stage in self.stages]
+        maps = [levels[stage].float() for stage in self.stages]  # squares of half a number overflow
         return [x / x.square().mean().sqrt().clamp(min=1e-6) for x in maps]
 
 
@@ -179,8 +179,7 @@ def train_student(run: Run, student: Segmenter, teacher: Segmenter | None, confi
 
     def distilled(model: nn.Module, batch: dict[str, Tensor], at: Moment) -> Terms:
         with run.fabric.autocast():
-            seen = teacher_features(guide, batch["image"])
-        wanted = [x.float() for x in seen]
+            wanted = teacher_features(guide, batch["image"])
         logits, maps = model(batch["image"], [x.shape[-2:] for x in wanted])
         task = pixel_loss(logits, batch["mask"])
         warmup = config.warmup * at.steps

@@ -19,6 +19,7 @@ from torch import nn
 from recipes.pipeline.attention import MIT
 from recipes.pipeline.models import check_name, check_weights, freeze_stages, has_one_stride, make_body
 from recipes.pipeline.transformers import HYBRID, TokenConfig
+from wsss_modules import ResNet38
 
 
 class Rule(NamedTuple):
@@ -84,7 +85,7 @@ def check_settings(config: Any) -> None:
                     freeze_stages(body, values.get("frozen_stages", 0))
                 except ValueError as error:
                     raise ValueError(f"{place}{error}") from error
-                if backbone == "backbone" and "output_stride" in values:
+                if backbone == "backbone" and "output_stride" in values and getattr(part, "makes_cams", True):
                     _check_cells_of_maps(config, values["backbone"], values["output_stride"])
 
 
@@ -95,7 +96,7 @@ def _check_cells_of_maps(config: Any, backbone: str, output_stride: int) -> None
         try:
             _bare_body(backbone, wanted, "cams.output_stride")
         except ValueError as error:
-            raise ValueError(f"{error}; {output_stride}, as in training, it can") from error
+            raise ValueError(f"{error}; {output_stride}, as in its training, it can") from error
 
 
 def _body_of(part: Any, values: dict[str, Any], place: str) -> nn.Module | None:
@@ -113,8 +114,23 @@ def _body_of(part: Any, values: dict[str, Any], place: str) -> nn.Module | None:
 
 @cache
 def _bare_body(name: str, output_stride: int, place: str) -> nn.Module:
-    with torch.device("meta"):
-        return make_body(name, output_stride, place)
+    """A backbone that has maps of images of any size.
+
+    Raises:
+        ValueError: it has none, or cannot be made.
+    """
+    with torch.device("meta"), torch.no_grad():
+        body = make_body(name, output_stride, place).eval()
+        if isinstance(body, ResNet38):
+            return body
+        try:
+            final, _ = body.forward_intermediates(torch.zeros(1, 3, 64, 96))
+            problem = "" if final.ndim == 4 else f"it gives {tuple(final.shape)}"
+        except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            problem = str(error) or type(error).__name__
+    if problem:
+        raise ValueError(f"{place}: expected a network with maps of images of any size, got {name!r} ({problem})")
+    return body
 
 
 @cache

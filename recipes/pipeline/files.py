@@ -52,6 +52,39 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         part.unlink(missing_ok=True)
 
 
+class FolderInUse(ValueError):
+    """Another process is writing a run folder."""
+
+
+def try_lock(file: Path, *, with_children: bool) -> int | None:
+    """Lock a file, or tell that another process has it.
+
+    Args:
+        file: made if it is not there.
+        with_children: whether processes that this one starts hold the lock too, even after its end. Without them it is
+            lost as soon as this process closes any descriptor of the file.
+
+    Returns:
+        A descriptor that has to stay open; None if the file is locked. Where there are no locks it is one all the same.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        return lock
+    os.set_inheritable(lock, with_children)
+    try:
+        (fcntl.flock if with_children else fcntl.lockf)(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # others: of a file system that has no locks
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            os.close(lock)
+            return None
+    return lock
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8."""
     with replacing(path) as file:

@@ -86,7 +86,7 @@ class Trunk(nn.Module):
         """What it makes of a small image, with the graph of it; modes and random numbers stay as they are."""
         modes = {module: module.training for module in self.body.modules()}
         with torch.enable_grad():
-            probe = self.eval()(torch.zeros(1, 3, 64, 64))
+            probe = self.eval()(torch.zeros(1, 3, 64, 64, device=next(self.parameters()).device))
         for module, training in modes.items():
             module.training = training
         return probe
@@ -135,7 +135,13 @@ def build_trunk(name: str, weights: str = "imagenet", output_stride: int = 32) -
 def check_name(name: str, place: str = "backbone") -> None:
     """Refuse a backbone that there is not; ``place`` is the setting that names it."""
     base = name.removesuffix("-irn")
-    if base in OWN_BODIES or timm.is_model(base):
+    if base in OWN_BODIES:
+        return
+    if timm.is_model(base):
+        try:
+            timm.get_pretrained_cfg(base)
+        except RuntimeError as error:  # the name of a network with weights that there are not
+            raise ValueError(f"{place}: {error}") from error
         return
     near = get_close_matches(base, timm.list_models(), 5)
     raise ValueError(f"{place}: {base!r} is not a timm model" + (f"; did you mean one of {near}?" if near else ""))
@@ -150,15 +156,12 @@ def make_body(name: str, output_stride: int, place: str = "backbone") -> nn.Modu
     """A backbone of timm, or :class:`wsss_modules.ResNet38`, with random weights and no classifier.
 
     Raises:
-        ValueError: there is none of that name or with such cells, or it takes images of one size only; ``place`` is the
-            setting that names it.
+        ValueError: there is none of that name or with such cells; ``place`` is the setting that names it.
     """
     if name in OWN_BODIES:
         return ResNet38(final_relu=name == "resnet38")
     check_name(name, place)
     base = name.removesuffix("-irn")
-    if timm.get_pretrained_cfg_value(base, "fixed_input_size"):
-        raise ValueError(f"{place}: expected a network for images of any size, as convolutional ones are, got {name!r}")
     if name == "vgg16":
         return _dilated_vgg16()
     if name == base:

@@ -42,7 +42,7 @@ from torch import Tensor
 from recipes.pipeline.checks import check_settings
 from recipes.pipeline.data import ImageSet, load_dataset
 from recipes.pipeline.evaluation import Measurement
-from recipes.pipeline.files import ANEW, read_metrics, read_settings, replacing
+from recipes.pipeline.files import ANEW, FolderInUse, read_metrics, read_settings, replacing, try_lock
 from recipes.pipeline.views import image_tensor
 
 
@@ -427,25 +427,33 @@ def _other_images(found: Mapping[str, Any], wanted: Mapping[str, int]) -> list[s
     return [f"training images and their tags: {there['images']:,} there, {wanted['images']:,} others now"]
 
 
+_locked: dict[Path, list[int]] = {}
+"""The folders that runs of this process write: the descriptor of their lock, and how many runs there are."""
+
+
 def _keep_others_out(run: Run) -> None:
     """Let no other process write the run's folder while the run lives.
 
     The processes that load images don't hold the lock with us: the run of a killed process can go on at once.
     """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    run.folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(run.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    weakref.finalize(run, os.close, lock)
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        told = f"out: another process is writing {run.folder}; wait for it, or give another --out"
-        raise ValueError(told) from None
-    except OSError:  # a file system that has no locks
-        pass
+    folder = run.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder not in _locked:
+        try:
+            lock = try_lock(folder / ".lock", with_children=False)
+        except OSError:  # another user's, say
+            return
+        if lock is None:
+            raise FolderInUse(f"out: another process is writing {run.folder}; wait for it, or give another --out")
+        _locked[folder] = [lock, 0]
+    _locked[folder][1] += 1
+    weakref.finalize(run, _let_others_in, folder)
+
+
+def _let_others_in(folder: Path) -> None:
+    _locked[folder][1] -= 1
+    if _locked[folder][1] == 0:
+        os.close(_locked.pop(folder)[0])
 
 
 def _open_folder(folder: Path, recipe: str, config: RunConfig, learnt_from: Mapping[str, int]) -> None:

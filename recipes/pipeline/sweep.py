@@ -29,7 +29,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from recipes.pipeline.data import ImageSet, load_dataset
-from recipes.pipeline.files import ANEW, read_metrics, read_settings, write_text
+from recipes.pipeline.files import ANEW, read_metrics, read_settings, try_lock, write_text
 from recipes.pipeline.report import repeat_command
 from recipes.pipeline.results import PLAIN, Results, markdown, page, record_of, table_csv, wants_saliency
 from recipes.pipeline.run import check_until, defaults, differing_settings, settings
@@ -409,19 +409,12 @@ def run_logged(words: Sequence[str], log: Path) -> int:
 @contextmanager
 def _alone(file: Path) -> Iterator[bool]:
     """Whether no other process holds ``file``; if so it is held while the block runs."""
+    lock = try_lock(file, with_children=True)
     try:
-        import fcntl
-    except ImportError:  # not on Windows, where two sweeps must not share a folder
-        yield True
-        return
-    with file.open("a") as held:
-        os.set_inheritable(held.fileno(), True)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield lock is not None
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 # After: the page.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from recipes.pipeline.cams import CamConfig
 from recipes.pipeline.classification import ClassifyConfig
@@ -17,6 +17,7 @@ from recipes.settings.shared import CAMS, CLASSIFY, SEGMENT
 class ContrastConfig:
     """The network of the class-agnostic map and its training, without labels."""
 
+    makes_cams: ClassVar[bool] = False  # the classifier does
     backbone: str = "tf_efficientnet_lite0"
     """timm name, or NAME-irn for an undilated stride-16 ResNet; its last two levels are joined."""
     weights: str = "classifier"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from recipes.pipeline.cams import CamConfig
 from recipes.pipeline.classification import ClassifyConfig
@@ -17,6 +18,7 @@ from recipes.settings.shared import CAMS, CLASSIFY, SEGMENT
 class SpatialConfig:
     """The classifier of pixels and its training in phases."""
 
+    makes_cams: ClassVar[bool] = False  # its maps are those of its training
     backbone: str = "tf_efficientnet_lite0"
     """timm name, or resnet38."""
     weights: str = "classifier"

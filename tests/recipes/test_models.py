@@ -162,6 +162,12 @@ def test_what_is_frozen_behind_the_last_level_is_still_in_the_checkpoint() -> No
     assert not any(key.startswith(("conv_stem", "blocks.4")) for key in frozen)
 
 
+def test_a_trunk_thaws_on_the_device_that_it_is_on() -> None:
+    trunk = build_trunk(LITE0, "random").requires_grad_(False).to("meta")
+    trunk.thaw()
+    assert any(p.requires_grad for p in trunk.parameters())
+
+
 def test_vgg16_holds_no_layers_of_its_classifier() -> None:
     with torch.device("meta"):
         trunk = build_trunk("vgg16", "random", 8)
