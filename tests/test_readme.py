@@ -33,5 +33,5 @@ def test_readme_has_exactly_two_set_up_commands() -> None:
     commands = [line for line in README.splitlines() if "pip install" in line and line.startswith("python3 -m venv")]
     assert [command.rsplit(" && ", 1)[1] for command in commands] == [
         "python -m recipes run irn",
-        "python -m pytest -q -n 2",
+        "python -m pytest -q -n 2 --dist worksteal",
     ]
