@@ -41,7 +41,7 @@ class BoxConfig:
     """Size of images when they are labelled; published: 1."""
     threshold: float = 0.99
     """Share of the greatest background attention below which it counts for nothing."""
-    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=6, batch_size=16, lr=0.005, head_lr=0.05))
+    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=6, batch_size=16, lr=0.001, head_lr=0.01))
     """Training schedule; ``head_lr`` is that of the new layers."""
 
 
@@ -64,6 +64,8 @@ class Config(RunConfig):
 
 
 PRESETS = {
+    # at five times its rates the classifier of boxes lost its features with one seed of three: 99 % of the channels
+    # were 0, and the loss ended at .98 in place of .35
     "demo": Config(),
     # about the budget of cam's classifier and segmentation: 5 + 4 epochs of 224 pixels. Photographs vary less in scale
     # than the published 0.5 to 1.5 on 321 pixels would have it, so crops of 224 take the factors of the other recipes.
