@@ -124,11 +124,12 @@ def pseudo_labels(
     images, labels, size = batch["image"], batch["labels"], tuple(batch["image"].shape[-2:])
     sizes = [scaled_size(*size, s) for s in config.cam_scales]
     scaled = [F.interpolate(images, side, mode="bilinear", align_corners=False) for side in sizes]
+    was_training = model.training
     model.eval()  # the released code lets drop path run here
     largest = config.cam_scales.index(max(config.cam_scales))
     with run.fabric.autocast():
         found = localise(model, [torch.cat([x, x.flip(-1)]) for x in scaled], size, largest)
-    model.train()
+    model.train(was_training)
     pixels, refine = denormalize_images(images, model.mean, model.std), par(config)
     options = {"regions": batch["region"]}
     plain = refine_cam_with_background(pixels, found.cam, labels, refine, low=config.low, high=config.high, **options)

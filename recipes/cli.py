@@ -104,7 +104,7 @@ def run_recipe(module: ModuleType, argv: Sequence[str] | None = None) -> None:
         if config.out is None:  # named after the script, so that an edited copy does not go on with the original's run
             config = dataclasses.replace(config, out=Path("runs") / f"{script.stem}-{preset}-s{config.seed}")
         if getattr(config, "until", None) is not None:
-            from recipes.pipeline.run import check_until
+            from recipes.pipeline.stages import check_until
 
             check_until(config.until, script.stem, module)
         with _keeping_source(script, Path(config.out)):

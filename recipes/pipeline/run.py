@@ -7,29 +7,20 @@ with the same command goes on where it was and ends with the same result.
 
 from __future__ import annotations
 
-import ast
-import ctypes
 import dataclasses
 import errno
-import inspect
 import json
 import os
 import re
-import textwrap
-import threading
-import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import psutil
 import torch
 import yaml
 from lightning_fabric import Fabric
@@ -40,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from recipes.pipeline.checks import check_settings
+from recipes.pipeline.costs import Meter, keep_freed_memory
 from recipes.pipeline.data import ImageSet, load_dataset
 from recipes.pipeline.evaluation import Measurement
 from recipes.pipeline.files import ANEW, FolderInUse, read_metrics, read_settings, replacing, try_lock
@@ -101,42 +93,6 @@ class StoppedEarly(Exception):
         self.run = run
 
 
-def stage_names(module: ModuleType) -> list[str]:
-    """The stages of a recipe, read from its source and the functions of recipes that it calls.
-
-    In a name that is put together, ``*`` stands for what is filled in.
-    """
-    names: dict[str, None] = {}
-    sources, seen = [(ast.parse(inspect.getsource(module)), vars(module))], set()
-    for tree, known in sources:
-        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-            if isinstance(call.func, ast.Attribute) and call.func.attr == "stage":
-                parts = call.args[0].values if isinstance(call.args[0], ast.JoinedStr) else call.args[:1]
-                names["".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in parts)] = None
-            function = inspect.unwrap(_called(call, known))
-            if inspect.isfunction(function) and function.__module__.startswith("recipes.") and function not in seen:
-                seen.add(function)
-                sources.append((ast.parse(textwrap.dedent(inspect.getsource(function))), function.__globals__))
-    return list(names)
-
-
-def _called(call: ast.Call, known: Mapping[str, Any]) -> Any:
-    """What is called by its name, or by that of its module and its own; None for anything else."""
-    match call.func:
-        case ast.Name(name):
-            return known.get(name)
-        case ast.Attribute(ast.Name(name), attribute) if inspect.ismodule(known.get(name)):
-            return getattr(known[name], attribute, None)
-    return None
-
-
-def check_until(until: str | None, recipe: str, module: ModuleType) -> None:
-    """Raise a ``ValueError`` if a recipe has no stage of that name, after which it could be stopped."""
-    known = [] if until is None else stage_names(module)
-    if until is not None and not any(fnmatchcase(until, name) for name in known):
-        raise ValueError(f"until: {recipe} has {', '.join(known) or 'no stages'}, but no {until!r}")
-
-
 class Run:
     """What the stages of one run share: ``config``, ``dataset``, ``fabric``, ``folder``, ``console``."""
 
@@ -144,7 +100,7 @@ class Run:
         self.recipe, self.config, self.fabric, self.dataset, self.folder = recipe, config, fabric, dataset, folder
         self.console = Console(quiet=fabric.global_rank > 0)
         self.stages_begun: list[str] = []
-        self._stage: tuple[str, _Meter] | None = None
+        self._stage: tuple[str, Meter] | None = None
 
     # Which images a stage works on: all, or the first max_steps of them.
 
@@ -236,7 +192,7 @@ class Run:
         self.stages_begun.append(name)
         self.console.rule(f"[bold]{len(self.stages_begun)}  {title}", align="left")
         torch.manual_seed(self.derived_seed(name))
-        with _Meter(on_gpu=self.fabric.device.type == "cuda") as meter:
+        with Meter(on_gpu=self.fabric.device.type == "cuda") as meter:
             self._stage = (name, meter)
             try:
                 yield
@@ -330,7 +286,7 @@ def start(recipe: str, config: RunConfig, takes: Sequence[str] = ("classify", "c
         fabric.strategy.precision = _Autocast(mixed.precision, mixed.device, mixed.scaler)
     fabric.launch()
     if fabric.device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     folder = config.out or Path("runs") / f"{recipe}-{config.preset}-s{config.seed}"
     learnt_from = _learnt_from(dataset)
     run = Run(recipe, config, fabric, dataset, folder)
@@ -356,23 +312,6 @@ class _Autocast(MixedPrecision):
 
     def convert_input(self, data: Any) -> Any:
         return data
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep what is freed instead of giving each large tensor's pages back to the system.
-
-    Fetching them anew took a third of the time of a training step (EfficientNet-Lite0, 16 crops of 224 pixels, one
-    thread: 1.1 of 3.2 s of processor time in four steps, 0.05 of 2.1 s with this; peak memory 4 % higher). Only
-    glibc has these settings; elsewhere nothing changes.
-    """
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_... of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(arena_max, 1)
 
 
 def settings(config: Any) -> dict[str, Any]:
@@ -588,48 +527,3 @@ def _differing(run: Run, source: Path, takes: Sequence[str]) -> list[str]:
     plain = metrics.get("plain", takes if found.get("recipe") == "cam" else ())  # earlier runs don't tell
     told += [f"{stage}: {found.get('recipe')} makes its own" for stage in takes if stage not in plain]
     return told + _other_images(metrics, _learnt_from(run.dataset))
-
-
-def _processor_seconds() -> float:
-    """Processor time of this process, and of those it started that have ended."""
-    return sum(os.times()[:4])
-
-
-class _Meter(threading.Thread):
-    """What the block costs: seconds, and the peak of this process' resident memory, or on a GPU of the allocator's."""
-
-    def __init__(self, on_gpu: bool) -> None:
-        super().__init__(daemon=True)
-        self._on_gpu, self._done = on_gpu, threading.Event()
-        self._process, self._resident = psutil.Process(), 0.0
-        self._read_at, self._busy = time.perf_counter(), _processor_seconds()
-
-    def __enter__(self) -> _Meter:
-        if self._on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self.join()
-
-    def run(self) -> None:
-        while not self._done.wait(0.05):
-            self._resident = max(self._resident, self._process.memory_info().rss)
-
-    def elapsed(self) -> float:
-        """Seconds since the costs were last read."""
-        return time.perf_counter() - self._read_at
-
-    def added_to(self, before: Mapping[str, float]) -> dict[str, float]:
-        """The costs ``before`` and those since they were last read."""
-        seconds, busy = self.elapsed(), _processor_seconds()
-        peak = torch.cuda.max_memory_allocated() if self._on_gpu else self._resident
-        costs = {
-            "seconds": round(before.get("seconds", 0.0) + seconds, 2),
-            "cpu_seconds": round(before.get("cpu_seconds", 0.0) + busy - self._busy, 2),
-            "peak_mb": max(before.get("peak_mb", 0.0), round(peak / 1e6, 1)),
-        }
-        self._read_at, self._busy = self._read_at + seconds, busy
-        return costs

@@ -32,7 +32,8 @@ from recipes.pipeline.data import ImageSet, load_dataset
 from recipes.pipeline.files import ANEW, read_metrics, read_settings, try_lock, write_text
 from recipes.pipeline.report import repeat_command
 from recipes.pipeline.results import PLAIN, Results, markdown, page, record_of, table_csv, wants_saliency
-from recipes.pipeline.run import check_until, defaults, differing_settings, settings
+from recipes.pipeline.run import defaults, differing_settings, settings
+from recipes.pipeline.stages import check_until
 from recipes.pipeline.tables import duration, processor_seconds, total_seconds
 
 CUES = "c2am"  # learns saliency maps for those that need some, where the data set has none

@@ -23,7 +23,8 @@ from rich.console import Console
 import recipes
 from recipes import cli
 from recipes.pipeline import sweep
-from recipes.pipeline.run import check_until, settings, stage_names
+from recipes.pipeline.run import settings
+from recipes.pipeline.stages import check_until, stage_names
 from recipes.pipeline.sweep import Planned, SweepConfig, plan_sweep, plan_table, run_logged, run_sweep
 from tests.recipes.synthetic import make_dataset
 from tests.recipes.test_results import measurement
