@@ -17,9 +17,15 @@ import torch
 from torch import nn
 
 from recipes.pipeline.attention import MIT
-from recipes.pipeline.models import check_name, check_weights, freeze_stages, has_one_stride, make_body
+from recipes.pipeline.models import (
+    check_name,
+    check_weights,
+    feature_maps,
+    freeze_stages,
+    has_one_stride,
+    make_body,
+)
 from recipes.pipeline.transformers import HYBRID, TokenConfig
-from wsss_modules import ResNet38
 
 
 class Rule(NamedTuple):
@@ -121,10 +127,8 @@ def _bare_body(name: str, output_stride: int, place: str) -> nn.Module:
     """
     with torch.device("meta"), torch.no_grad():
         body = make_body(name, output_stride, place).eval()
-        if isinstance(body, ResNet38):
-            return body
         try:
-            final, _ = body.forward_intermediates(torch.zeros(1, 3, 64, 96))
+            final = feature_maps(body, torch.zeros(1, 3, 64, 96)).final
             problem = "" if final.ndim == 4 else f"it gives {tuple(final.shape)}"
         except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             problem = str(error) or type(error).__name__

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import timm
 import torch
+from timm.models import VGG
 from torch import Tensor, nn
 
 from recipes.pipeline.files import first_reason, load_tensors
@@ -29,6 +30,27 @@ class Features(NamedTuple):
     final: Tensor
 
 
+def feature_maps(body: nn.Module, images: Tensor) -> Features:
+    """What a backbone sees in images (B, 3, H, W)."""
+    if isinstance(body, ResNet38):
+        maps = body(images)
+        return Features((maps.conv4, maps.conv5, maps.conv6), maps.conv6)
+    if isinstance(body, VGG):
+        return _vgg_maps(body.features, images)
+    final, levels = body.forward_intermediates(images)
+    return Features(tuple(levels), final)
+
+
+def _vgg_maps(layers: nn.Sequential, maps: Tensor) -> Features:
+    """The maps before each reduction and the last; timm tells them since 1.0.31 only."""
+    levels = []
+    for layer in layers:
+        if isinstance(layer, nn.MaxPool2d | nn.Identity):
+            levels.append(maps)
+        maps = layer(maps)
+    return Features((*levels, maps), maps)
+
+
 class Trunk(nn.Module):
     """A backbone without its classifier.
 
@@ -36,7 +58,7 @@ class Trunk(nn.Module):
     small to estimate them.
 
     Args:
-        body: a timm model with ``forward_intermediates``, or :class:`wsss_modules.ResNet38`.
+        body: a timm model with maps, or :class:`wsss_modules.ResNet38`.
         name: the name it was made by.
         mean, std: normalisation of images in [0, 1].
 
@@ -53,11 +75,7 @@ class Trunk(nn.Module):
         self.out_channels, self.output_stride = probe.final.shape[1], 64 // probe.final.shape[-1]
 
     def forward(self, images: Tensor) -> Features:
-        if isinstance(self.body, ResNet38):
-            maps = self.body(images)
-            return Features((maps.conv4, maps.conv5, maps.conv6), maps.conv6)
-        final, levels = self.body.forward_intermediates(images)
-        return Features(tuple(levels), final)
+        return feature_maps(self.body, images)
 
     def train(self, mode: bool = True) -> Trunk:
         super().train(mode)

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from recipes import aeft, bana, bbam, clims, edam, eps, occse, ppc, recam, rw, sipe, wood
 from recipes.pipeline.detection import Detector
-from recipes.pipeline.models import Classifier, Trunk, build_trunk, freeze_stages, has_one_stride, load_weights
+from recipes.pipeline.models import (
+    Classifier,
+    Trunk,
+    build_trunk,
+    feature_maps,
+    freeze_stages,
+    has_one_stride,
+    load_weights,
+    make_body,
+)
 from recipes.pipeline.segmenter import CosineSegmenter, SegmentConfig, Segmenter
 
 LITE0 = "tf_efficientnet_lite0"
@@ -172,6 +181,19 @@ def test_vgg16_holds_no_layers_of_its_classifier() -> None:
     with torch.device("meta"):
         trunk = build_trunk("vgg16", "random", 8)
     assert sum(p.numel() for p in trunk.parameters()) == 14_714_688
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg11_bn"])
+def test_maps_of_a_vgg_are_those_of_timm(name: str) -> None:
+    body = make_body(name, 32).eval()
+    if not hasattr(body, "forward_intermediates"):
+        pytest.skip("timm tells them since 1.0.31")
+    images = torch.rand(1, 3, 64, 96)
+    final, levels = body.forward_intermediates(images)
+    ours = feature_maps(body, images)
+    assert torch.equal(ours.final, final)
+    assert len(ours.levels) == len(levels)
+    assert all(torch.equal(a, b) for a, b in zip(ours.levels, levels, strict=True))
 
 
 def test_weights_of_a_larger_network_are_refused_those_of_its_head_left_out(tmp_path: Path) -> None:
