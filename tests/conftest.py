@@ -38,7 +38,7 @@ def whole_irn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.recipes.test_recipes import run_as_a_user
 
     folder = tmp_path_factory.mktemp("runs") / "irn"
-    run_as_a_user("run", "irn", "--preset", "tiny", "--out", folder)
+    run_as_a_user("run", "irn", "--preset", "tiny", "--accelerator", "cpu", "--out", folder)
     return folder
 
 

@@ -333,10 +333,10 @@ def test_loaders_need_not_pickle_the_data_set(platform: str, tmp_path: Path, mon
 
     before = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method("spawn", force=True)
+    model = small_model()
+    run, groups = make_run(tmp_path, workers=1), two_speed_groups(model, [], SCHEDULE)
     monkeypatch.setattr(sys, "platform", platform)
     try:
-        model = small_model()
-        run, groups = make_run(tmp_path, workers=1), two_speed_groups(model, [], SCHEDULE)
         fit(run, "points", model, Unpicklable(), noted, groups, SCHEDULE)
     finally:
         multiprocessing.set_start_method(before, force=True)
