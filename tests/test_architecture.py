@@ -154,3 +154,11 @@ def test_every_public_signature_is_annotated(package: str, name: str) -> None:
         for parameter in signature.parameters.values():
             assert parameter.annotation is not inspect.Parameter.empty, parameter.name
             assert parameter.kind is not inspect.Parameter.VAR_KEYWORD, "no **kwargs"
+
+
+def test_the_oldest_versions_are_those_that_pyproject_allows() -> None:
+    asked = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text().partition("\ndev = ")[0]))
+    tried = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / ".ci/lowest.txt").read_text(), re.MULTILINE))
+    of_build_and_docs = {"hatchling", "sphinx", "furo", "myst-parser", "sphinx-gallery", "latex2mathml"}
+    for name in asked.keys() - of_build_and_docs:
+        assert f"{tried[name]}.0".startswith(f"{asked[name]}."), name

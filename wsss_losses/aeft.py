@@ -18,6 +18,7 @@ from wsss_modules._distributed import gather_over_processes, sum_over_processes
 from wsss_modules._precision import at_least_float32
 
 Reduction = Literal["mean", "present", "sum", "none"]
+_REDUCTIONS = get_args(Reduction)  # not where it is asked for: torch.compile of torch 2.6 can't follow it
 
 
 def erasing_attraction_loss(
@@ -67,7 +68,7 @@ def erasing_attraction_loss(
         ... )
         (tensor(0.5000), tensor(1.))
     """
-    check_reduction(reduction, get_args(Reduction))
+    check_reduction(reduction, _REDUCTIONS)
     for name, maps in (("gpp", gpp), ("gpp_masked", gpp_masked)):
         check_floating(name, maps)
         check_ndim(name, maps, 4, "(B, K, H, W)")
@@ -108,7 +109,7 @@ class ErasingAttractionLoss(nn.Module):
 
     def __init__(self, *, reduction: Reduction = "mean", sync: bool = False) -> None:
         super().__init__()
-        check_reduction(reduction, get_args(Reduction))
+        check_reduction(reduction, _REDUCTIONS)
         self.reduction: Reduction = reduction
         self.sync = sync
 

@@ -73,7 +73,7 @@ def affinity_loss(affinity: Tensor, labels: AffinityLabels, *, eps: float = 1e-5
         tensor([0.6931, 0.6931, 0.6931, 0.6931])
     """
     check_floating("affinity", affinity)
-    for name, label in zip(labels._fields, labels, strict=True):
+    for name, label in zip(AffinityLabels._fields, labels, strict=True):
         check_shape(f"labels.{name}", label, affinity.shape, "to match affinity")
     a = at_least_float32(affinity)
     sums = [

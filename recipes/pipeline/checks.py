@@ -125,16 +125,29 @@ def _bare_body(name: str, output_stride: int, place: str) -> nn.Module:
     Raises:
         ValueError: it has none, or cannot be made.
     """
-    with torch.device("meta"), torch.no_grad():
+
+    def make() -> nn.Module:
         body = make_body(name, output_stride, place).eval()
         try:
             final = feature_maps(body, torch.zeros(1, 3, 64, 96)).final
             problem = "" if final.ndim == 4 else f"it gives {tuple(final.shape)}"
         except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             problem = str(error) or type(error).__name__
-    if problem:
-        raise ValueError(f"{place}: expected a network with maps of images of any size, got {name!r} ({problem})")
-    return body
+        if problem:
+            raise ValueError(f"{place}: expected a network with maps of images of any size, got {name!r} ({problem})")
+        return body
+
+    return _without_memory(make)
+
+
+@torch.no_grad()
+def _without_memory(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network on the meta device; made in memory first where its parts can't be made there, as with older timm."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception:
+        return make().to("meta")
 
 
 @cache
@@ -147,9 +160,10 @@ def _encoder(name: str, output_stride: int, random: bool, place: str) -> nn.Modu
     try:
         if output_stride not in (8, 16):
             raise ValueError("it has cells of 8 or 16 pixels")
-        with torch.device("meta"):
-            body = smp.encoders.get_encoder(f"tu-{name}", weights=None, output_stride=output_stride).model
-            whole = timm.create_model(name, num_classes=0)
+        body = _without_memory(
+            lambda: smp.encoders.get_encoder(f"tu-{name}", weights=None, output_stride=output_stride).model
+        )
+        whole = _without_memory(lambda: timm.create_model(name, num_classes=0))
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = f" ({error})" if str(error) else ""
         raise ValueError(

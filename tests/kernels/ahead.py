@@ -15,8 +15,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from wsss_modules.kernels import (
@@ -79,7 +79,7 @@ def build(build: Build, capability: int) -> Report:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
         command = [
-            get_ptxas(capability).path,
+            str(Path(nvidia.__file__).parent / "bin" / "ptxas"),
             "-v",
             f"--gpu-name={architecture}",
             str(ptx),

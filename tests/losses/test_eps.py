@@ -32,7 +32,7 @@ def test_loss_is_that_of_the_maps(seed: int, threshold: float, weight: float) ->
         fg, bg = torch.zeros(5, 6, dtype=torch.float64), p[i, 0].clone()
         for k in LABELS[i].nonzero().flatten().tolist():
             hard = p[i, 1 + k] > 0.5
-            ratio = (hard & (target[i, 0] > 0.5)).sum() / (hard.sum() + 30 * 1e-4)
+            ratio = (hard & (target[i, 0] > 0.5)).sum().double() / (hard.sum() + 30 * 1e-4)
             if ratio > threshold:
                 fg += p[i, 1 + k]
             else:

@@ -115,7 +115,8 @@ def test_order_of_pixels_does_not_matter_and_classes_move_together(seed: int) ->
     ):
         first, second = same
         torch.testing.assert_close(first, second)
-    torch.testing.assert_close(rank_threshold(moved.sigmoid(), ratio), t, rtol=0, atol=0)
+    probabilities = logits.sigmoid().flatten(2)[..., pixels].view_as(logits)  # a moved logit's can be a bit off
+    torch.testing.assert_close(rank_threshold(probabilities, ratio), t, rtol=0, atol=0)
 
 
 def test_network_step_gives_the_threshold_no_gradient_and_the_threshold_step_none_to_the_network() -> None:

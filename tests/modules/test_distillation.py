@@ -100,7 +100,7 @@ def test_fusion_compiles_to_one_graph() -> None:
 
 @pytest.mark.parametrize(
     ("student", "teacher"),
-    [("test_resnet", "resnet10t"), ("mobilenetv2_035", "test_efficientnet"), ("test_convnext", "mobilenetv2_035")],
+    [("resnet14t", "resnet10t"), ("mobilenetv2_035", "lcnet_035"), ("convnext_atto", "mobilenetv2_035")],
 )
 def test_any_two_timm_pyramids_fit(student: str, teacher: str) -> None:
     timm = pytest.importorskip("timm")
@@ -119,7 +119,7 @@ def test_pyramids_with_channels_last_teach_and_learn() -> None:
     timm = pytest.importorskip("timm")
     small = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": (64, 96), "window_size": 2}
     swin = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, pretrained=False, **small)
-    other = timm.create_model("test_resnet", features_only=True, pretrained=False, out_indices=(1, 2, 3, 4))
+    other = timm.create_model("resnet10t", features_only=True, pretrained=False, out_indices=(1, 2, 3, 4))
     images = torch.rand(2, 3, 64, 96)
     for student, teacher in ((swin, other), (other, swin)):
         maps, targets = pyramid_maps(student, images), teacher_features(teacher, images)

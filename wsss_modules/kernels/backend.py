@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
+_BACKENDS = get_args(Backend)  # not where it is asked for: torch.compile of torch 2.6 can't follow it
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -31,7 +32,7 @@ def runs_triton(backend: Backend, *tensors: Tensor, float64: bool = True) -> boo
         With ``TRITON_INTERPRET=1`` in the environment before triton is imported, kernels run on CPU tensors, slowly:
         that is for tests.
     """
-    if backend not in get_args(Backend):
+    if backend not in _BACKENDS:
         raise ValueError(f'backend: expected "auto", "torch" or "triton", got {backend!r}')
     if backend == "torch":
         return False
