@@ -415,10 +415,20 @@ def _told_of_dead_loaders(loader: DataLoader, stage: str) -> Iterator[dict[str, 
         in_transfer = not isinstance(error, RuntimeError) and not said.startswith("Caught")
         if not in_transfer and not said.startswith("DataLoader worker"):
             raise
+        death = _death_of_a_loader() if in_transfer else None
         raise ChildProcessError(
-            f"{stage}: a loader process died ({error}); is there memory left? "
+            f"{stage}: a loader process died ({death or error}); is there memory left? "
             "The same command goes on from the last checkpoint, with --workers 0 without such processes"
         ) from error
+
+
+def _death_of_a_loader() -> RuntimeError | None:
+    """What torch raises, wherever the program is by then, when it hears of the death that has broken a transfer."""
+    try:
+        time.sleep(1)
+    except RuntimeError as told:
+        return told
+    return None
 
 
 class RandomLongSide(v2.Transform):

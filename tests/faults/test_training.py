@@ -104,6 +104,24 @@ def test_a_loader_that_dies_while_it_hands_over_is_told_as_dead(said: str) -> No
         list(_told_of_dead_loaders(Dying(), "points"))
 
 
+def test_the_death_of_a_loader_is_waited_for_and_does_not_break_into_the_message() -> None:
+    def tell(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    class Dying:
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            yield {}
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            raise ConnectionResetError
+
+    before = signal.signal(signal.SIGALRM, tell)
+    try:
+        with pytest.raises(ChildProcessError, match="points: a loader process died .* killed by signal: Killed"):
+            list(_told_of_dead_loaders(Dying(), "points"))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_a_disk_that_is_far_away_is_not_told_as_a_dead_loader(tmp_path: Path) -> None:
     with pytest.raises(ConnectionResetError, match="the disk is far away"):
         fit_deadly(make_run(tmp_path / "a", workers=1), Unreachable)
