@@ -9,9 +9,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from recipes.cli import discover
+from recipes.pipeline import checks
 from recipes.pipeline.checks import check_settings
+from recipes.pipeline.models import make_body
 from recipes.pipeline.training import AdamSchedule, Schedule
 
 LITE1 = "tf_efficientnet_lite1"
@@ -234,3 +238,16 @@ def test_a_recipe_of_ones_own_may_have_settings_of_another_kind() -> None:
         backbone: str = "a network of mine"
 
     check_settings(Own())
+
+
+def test_a_backbone_that_cannot_be_made_without_memory_is_made_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(name: str, *rest: Any) -> nn.Module:
+        if torch.empty(0).is_meta:  # as timm before 1.0.22 with ConvNeXts
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+        return make_body(name, *rest)
+
+    monkeypatch.setattr(checks, "make_body", make)
+    body = checks._bare_body.__wrapped__("resnet10t", 16, "backbone")
+    assert all(parameter.is_meta for parameter in body.parameters())
+    with pytest.raises(ValueError, match="backbone: densenet121 cannot have cells of 16 pixels"):
+        checks._bare_body.__wrapped__("densenet121", 16, "backbone")
