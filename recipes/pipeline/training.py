@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,7 +287,7 @@ def fit(
                         f"{stage}: the loss is {total.item()} at step {step}; lower the learning rate"
                     )
                 progress.update(bar, description=f"{stage}  loss {curve[-1]['loss']:.3f}")
-            scheduler.step()
+            _advance(scheduler)
             if choose is not None and (score := choose(at)) is not None:
                 if not best or score > best["score"]:
                     best = {"score": score, "step": step, "model": copy.deepcopy(model.state_dict())}
@@ -322,6 +323,13 @@ def _restart_scaling(run: Run, state: dict[str, Any] | None) -> None:
     precision = run.fabric.strategy.precision
     if precision.state_dict():
         precision.load_state_dict(state or torch.amp.GradScaler(run.fabric.device.type).state_dict())
+
+
+def _advance(scheduler: LambdaLR) -> None:
+    """Go on in the schedule, also where ``16-mixed`` has left a step out since its gradients were too large."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        scheduler.step()
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -143,7 +143,6 @@ def test_adamw_killed_and_resumed_gives_the_same_weights(tmp_path: Path) -> None
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")  # its first step is left out
 @pytest.mark.parametrize("old", [False, True], ids=["whole", "without-scale"])
 def test_the_scale_of_half_precision_is_kept_with_the_rest(old: bool, tmp_path: Path) -> None:
     def half_run(name: str) -> Run:
