@@ -204,19 +204,19 @@ Of the systems that train the classifier differently, all on the same backbone, 
   The student has a quarter of its weights (0.78 million of 3.86: the same encoder without its last stages, a decoder
   of 64 channels) and learns from the same masks in the same 324 steps. Alone it is at 35.1 and 39.3, under the
   teacher at 41.2 and 41.0: six points better with seed 0, on every class and most on dogs (20 to 31) and cows (14 to
-  22), not quite two with seed 1, on cows (25 to 31) and people (33 to 38) alone. So the distillation helps it, the
-  more the worse it is alone, and leaves it far below its teacher; whether more steps, which a student whose layers
-  all learn may want, would close the gap or lessen the gain was not tried. (Of the time of the teacher of seed 0 the
-  table has only what it took after an interruption.)
+  22), not quite two with seed 1, on cows (25 to 31) and people (33 to 38) and hardly elsewhere. So the distillation
+  helps it, the more the worse it is alone, and leaves it far below its teacher; whether more steps, which a student
+  whose layers all learn may want, would close the gap or lessen the gain was not tried. (Of the time of the teacher
+  of seed 0 the table has only what it took after an interruption.)
 - `afa` is the same hybrid trained with affinities: its CAMs are at 55.1 and 52.6 on train and val with seed 0, at
-  55.4 and 53.5 with seed 1, two points above the plain ones on train (`cam-s0` 53.1, `cam-c1` 52.8) and one on val,
-  at a threshold (0.45) that is nearly the best. They cover the objects (recall of cats 95 and 91 %, of people 80 and
-  77) and too much beside them (precision of cats 56 and 62 %, of people 38 and 48). What is done with them then does
-  not cut that off: one step along the affinity and PAR make 55.6 and 53.1 of them, with more recall and less
-  precision, and the CRF 57.3 and 55.1, where the CRF alone makes 59.0 and 60.1 of the plain CAMs, which are the
-  narrower ones. The affinity is learnt by blocks that began with random weights; the paper's began with ImageNet's.
-  Its decoder, which learns from these labels as they come, is at 50.7 and 51.9 on val, below the segmentation
-  networks of the plain CAMs (54.0 to 56.0 over the runs).
+  55.4 and 53.5 with seed 1, two points and more above the plain ones on train (`cam-s0` 53.1, `cam-c1` 52.8) and one
+  on val, at a threshold (0.45) that is 0.1 to 1.5 points below the best. They cover the objects (recall of cats 95
+  and 91 %, of people 80 and 77) and too much beside them (precision of cats 56 and 62 %, of people 38 and 48). What
+  is done with them then does not cut that off: one step along the affinity and PAR make 55.6 and 53.1 of them, with
+  more recall and less precision, and the CRF 57.3 and 55.1, where the CRF alone makes 59.0 and 60.1 of the plain
+  CAMs, which are the narrower ones. The affinity is learnt by blocks that began with random weights; the paper's
+  began with ImageNet's. Its decoder, which learns from these labels as they come, is at 50.7 and 51.9 on val, below
+  the segmentation networks of the plain CAMs (54.0 to 56.0 over the runs).
 - `edam` needs saliency, here that of `c2am-s0`. Its maps are the broadest of all (33.9; 38.4 at their best threshold,
   0.67): pairs of images ask only whether both show a class, and a mask that takes in more answers that no worse. Cut
   out by the saliency they are at 67.2, precise (85 %) like the saliency, which has the merit: the plain CAM cut out by

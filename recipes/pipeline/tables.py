@@ -132,18 +132,24 @@ class Comparison:
         own = self.runs[name]
         if own.get("recipe") == "cam":
             return None
-        reused = Path(own.get("reused") or "").name
         found = [
             other
             for other, metrics in self.runs.items()
             if (metrics.get("recipe"), metrics.get("seed")) == ("cam", own.get("seed")) and self.get(other, column)
         ]
-        return min(found, key=lambda other: (Path(other).name != reused, other), default=None)
+        return min(
+            found, key=lambda other: (not _took(own, other), not _took(self.runs[other], name), other), default=None
+        )
 
     def difference(self, name: str, column: tuple[str, str]) -> float:
         """How far the mIoU of ``name`` is above that of its plain run; nan without one."""
         plain = self.plain(name, column)
         return math.nan if plain is None else self.value(name, column) - self.value(plain, column)
+
+
+def _took(metrics: Mapping[str, Any], other: str) -> bool:
+    """Whether a run has taken over what it has in common with the run of that name."""
+    return Path(metrics.get("reused") or "").name == Path(other).name
 
 
 def protocol_differences(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -106,9 +106,17 @@ def test_costs_are_means_and_memory_the_largest() -> None:
     [
         ({"a/cam-s0": RUNS["cam-s0"], "b/cam-s0-t2": metrics("cam", 0, 10.0)}, 5.0),
         ({"a/cam-s0": metrics("cam", 0, 0.0, measurements=[]), "b/cam-s0-t2": metrics("cam", 0, 10.0)}, 35.0),
+        ({"a/cam-s0": metrics("cam", 0, 10.0), "b/cam-s0-t2": metrics("cam", 0, 40.0, reused="recam-s0")}, 35.0),
+        ({"a/cam-c0": metrics("cam", 0, 10.0), "b/cam-s0-t2": metrics("cam", 0, 40.0, reused="x/recam-s0")}, 5.0),
         ({"cam-s1": RUNS["cam-s1"]}, math.nan),
     ],
-    ids=["the one it reuses", "the other where that has not measured it", "another seed"],
+    ids=[
+        "the one it reuses",
+        "the other where that has not measured it",
+        "the one it reuses rather than one that reuses it",
+        "one that reuses it",
+        "another seed",
+    ],
 )
 def test_a_run_is_compared_with(runs: dict, expected: float) -> None:
     comparison = Comparison({**runs, "recam-s0": RUNS["recam-s0"]})
