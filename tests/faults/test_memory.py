@@ -23,7 +23,8 @@ from tests.recipes.trainings import OF_FEW, SHARED, Fit, wrap_trainings
 STEPS = 100
 APART = 40
 MOST = 2_000
-"""Bytes a step; measured: up to 470, most of them for the curve. An image of a step has 12,000 and more."""
+"""Bytes a step; measured: up to 470, most of them for the curve, and of an H200's none (afa, bana). An image of a step
+has 12,000 and more."""
 ACCELERATORS = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
